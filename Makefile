@@ -1,0 +1,30 @@
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: help setup demo test soak lint
+
+help:  ## show this help
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 8
+
+setup: .venv/installed  ## make .venv and install what the suite needs (nothing to do the second time)
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: setup  ## train ViT/1 against ViT/2 on handwritten digits and compare them (3 minutes on 2 cores)
+	$(RUN) -m supervised fit --config supervised/configs/digits.yaml --model.patch_size 2
+	$(RUN) -m supervised fit --config supervised/configs/digits.yaml --model.patch_size 1
+	$(RUN) -m common.compare runs/supervised/digits-nano-p2-s0 runs/supervised/digits-nano-p1-s0 --figure runs/demo.png
+	@echo "curves: $(RUN) -m tensorboard.main --logdir runs"
+
+test: setup lint  ## run the test suite (at most 20 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not soak"
+
+soak: setup  ## run the long fault tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m soak
+
+lint: setup  ## check the code with ruff
+	$(RUN) -m ruff check .

@@ -1,0 +1,193 @@
+"""Order, global batch and resuming: what every study's data has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.errors import InputError
+from common.randomness import permutation
+
+
+class Draw(NamedTuple):
+    """One image of one batch, and all that its randomness may depend on."""
+
+    epoch: int
+    index: int  # in the data set
+    place: int  # in the global batch
+
+
+class TrainOrder(Sampler[list[Draw]]):
+    """The micro-batches of one rank, in a shuffle that is a function of (seed, epoch).
+
+    Stateless: where an epoch starts is read from `position` (epoch, micro-batches done) when the first batch is asked
+    for. Places i and B-1-i of the global batch, the partners of mixup, lie at mirrored places of one micro-batch.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch: int,
+        micro: int,
+        seed: int,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        assert batch % (micro * ranks) == 0 and batch <= images
+        self.images, self.batch, self.seed, self.position = images, batch, seed, position
+        self.accumulation = batch // (micro * ranks)
+        chunks = [_mirrored_places(batch, micro, rank + ranks * k) for k in range(self.accumulation)]
+        self.places = [torch.tensor(chunk) for chunk in chunks]
+
+    def __len__(self) -> int:
+        return self.images // self.batch * self.accumulation  # the last partial batch is dropped
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, done = self.position()
+        order = permutation("order", self.seed, epoch, n=self.images)
+        for micro_step in range(done % len(self), len(self)):
+            step, k = divmod(micro_step, self.accumulation)
+            places = self.places[k]
+            indices = order[step * self.batch + places]
+            yield [Draw(epoch, *pair) for pair in zip(indices.tolist(), places.tolist(), strict=True)]
+
+
+def _mirrored_places(batch: int, micro: int, chunk: int) -> list[int]:
+    if micro % 2:
+        return list(range(chunk * micro, (chunk + 1) * micro))
+    first = range(chunk * micro // 2, (chunk + 1) * micro // 2)
+    return [*first, *(batch - 1 - i for i in reversed(first))]
+
+
+class EvaluationOrder(Sampler[list[Draw]]):
+    """Every image once, in order, dealt out to the ranks without padding, so that counts are exact."""
+
+    def __init__(self, images: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
+        self.indices, self.batch = range(rank, images, ranks), batch
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for start in range(0, len(self.indices), self.batch):
+            yield [Draw(0, index, 0) for index in self.indices[start : start + self.batch]]
+
+
+class GlobalBatchData(L.LightningDataModule):
+    """Loaders over data sets that answer `__getitems__(draws)` with a whole batch, a dict of tensors.
+
+    A study says what a split is (`load`) and what happens on the device (`on_after_batch_transfer`).
+
+    Args:
+        batch_size: the global batch, over all devices, nodes and micro-batches; clamped to the training set.
+        batch_per_device: the most images that a device holds at once; `auto` derives it from the device's memory.
+        workers: loader processes per device.
+        eval_batch_size: images per device in validation, test and prediction.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        batch_per_device: int | Literal["auto"] = "auto",
+        workers: int = 0,
+        eval_batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        for name, value in [("batch_size", batch_size), ("batch_per_device", batch_per_device),
+                            ("eval_batch_size", eval_batch_size)]:
+            if value != "auto" and value < 1:
+                raise InputError(f"data.{name}: {value} is not a positive number of images")
+        if workers < 0:
+            raise InputError(f"data.workers: {workers} is negative; 0 loads in the main process")
+        self.batch_size, self.batch_per_device = batch_size, batch_per_device
+        self.workers, self.eval_batch_size = workers, eval_batch_size
+        self.sets: dict[str, Dataset] = {}
+
+    def load(self, split: str) -> Dataset:
+        """The data set of a split: train, val, test or predict."""
+        raise InputError(f"{type(self).__name__} has no split {split!r}")
+
+    def setup(self, stage: str) -> None:
+        for split in {"fit": ["train", "val"], "validate": ["val"]}.get(stage, [stage]):
+            if split not in self.sets:
+                self.sets[split] = self.load(split)
+        if stage == "fit":
+            self._divide()
+
+    def _divide(self) -> None:
+        """Derives the micro-batch and the number of micro-batches in a step from the global batch and the devices."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        ranks = trainer.world_size
+        self.global_batch = min(self.batch_size, len(self.sets["train"]))
+        if self.global_batch % ranks:
+            near = max(self.global_batch // ranks, 1) * ranks
+            raise InputError(f"data.batch_size: {self.global_batch} images do not divide over {ranks} devices; "
+                             f"{near} or {near + ranks} would")
+        per_device = self.global_batch // ranks
+        most = module.images_that_fit(self) if self.batch_per_device == "auto" else self.batch_per_device
+        divisors = [n for n in range(1, per_device + 1) if per_device % n == 0 and n <= most]
+        self.micro_batch = max((n for n in divisors if n % 2 == 0), default=max(divisors, default=1))
+        if 2 * self.micro_batch < min(most, per_device):
+            near = round(per_device / most) * most * ranks
+            raise InputError(f"data.batch_size: {self.global_batch} images on {ranks} device(s) do not divide into "
+                             f"micro-batches of at most {most}; {near} would")
+        trainer.accumulate_grad_batches = per_device // self.micro_batch
+        self.steps_per_epoch = len(self._order()) // trainer.accumulate_grad_batches
+
+    def _order(self) -> TrainOrder:
+        trainer = self.trainer
+        return TrainOrder(len(self.sets["train"]), self.global_batch, self.micro_batch, trainer.seed, self._position,
+                          trainer.global_rank, trainer.world_size)
+
+    def _position(self) -> tuple[int, int]:
+        # `processed`, not `current_epoch`: a checkpoint from the end of an epoch has not counted it as completed.
+        loop = self.trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+
+    def _loader(self, split: str, order: Sampler) -> DataLoader:
+        return DataLoader(
+            self.sets[split],
+            batch_sampler=order,
+            collate_fn=_whole_batch,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _evaluation_loader(self, split: str) -> DataLoader:
+        trainer = self.trainer
+        order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, trainer.global_rank, trainer.world_size)
+        return self._loader(split, order)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", self._order())
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("predict")
+
+
+def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def rescale_progress(checkpoint: dict[str, Any], accumulation: int) -> None:
+    """Lightning counts micro-batches: a run that goes on with another accumulation needs its counts rescaled."""
+    saved = checkpoint.get("accumulation", accumulation)
+    if saved == accumulation:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for name in counts:
+            # Saved in `on_train_batch_end`, where the batch is processed and not yet completed: round up.
+            counts[name] = -(-counts[name] // saved) * accumulation - (name == "completed" and counts[name] % saved > 0)

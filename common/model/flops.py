@@ -1,0 +1,55 @@
+"""Parameters, FLOPs and activation memory of a VisionTransformer by formula; a model on the meta device will do.
+
+One multiply-add is 2 FLOP. Norms, GELU, softmax and residuals are left out: they cost bytes, not FLOPs.
+"""
+
+from typing import Literal
+
+from common.model.vit import VisionTransformer
+
+
+def parameters(model: VisionTransformer) -> int:
+    """Number of trainable numbers; a fixed position table is not among them."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def block_flops(tokens: int, width: int) -> int:
+    """FLOPs of one block's forward on one sample of `tokens` tokens, prefix included."""
+    linear = 24 * tokens * width**2  # qkv 6, projection 2, MLP 16
+    attention = 4 * tokens**2 * width  # 2 for query times key, 2 for map times value
+    return linear + attention
+
+
+def forward_flops(model: VisionTransformer) -> int:
+    """FLOPs of one image's forward."""
+    embedding = 2 * model.tokens * model.patch_size**2 * model.channels * model.width
+    blocks = model.depth * block_flops(model.num_prefix_tokens + model.tokens, model.width)
+    return embedding + blocks + 2 * model.width * model.classes
+
+
+def training_flops(model: VisionTransformer) -> int:
+    """Model FLOPs of one image's training step: the backward counts twice the forward.
+
+    What kernels and checkpointing compute a second time is not counted, as is the custom for MFU.
+    """
+    return 3 * forward_flops(model)
+
+
+def activation_bytes(
+    model: VisionTransformer, batch: int, precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+) -> int:
+    """Peak bytes that the blocks keep for the backward, at Lightning's name of a precision, without torch.compile.
+
+    Per token a block keeps 16 vectors of width D: the inputs of both norms, their outputs, q, k, v, the attention's
+    output, and 4 + 4 around the GELU. Under bf16-mixed the residual stream stays in fp32 and the rest, with a copy of
+    the weights, is bf16. A checkpointed block keeps its input alone, but one block at a time is computed again.
+    """
+    stream, inner = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}[precision]
+    vectors = batch * (model.num_prefix_tokens + model.tokens) * model.width
+    block = vectors * (2 * stream + 14 * inner)
+    if model.qk_norm:
+        block += vectors * 2 * inner  # q and k before and after their norms
+    if precision == "bf16-mixed":
+        block += 12 * model.width**2 * inner
+    full = max(model.depth - model.checkpoint_blocks, 1)
+    return full * block + model.checkpoint_blocks * vectors * stream

@@ -1,0 +1,93 @@
+"""The pre-norm Transformer block, with timm's parameter names.
+
+Shapes: B batch, N tokens (prefix included), D width, H heads, K = D / H channels of a head.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask: tokens (B, N, D) -> (B, N, D).
+
+    `qk_norm` normalises queries and keys per head (Dehghani et al. 2023).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, N, K)."""
+        # Unbinding before the transpose lets the backward write the gradient of qkv once, in its final layout.
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Attention maps (B, H, N, N) in fp32; each row is a query and sums to one."""
+        q, k, _ = self.split(x)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        return logits.softmax(dim=-1, dtype=torch.float32)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """norm -> attention -> residual, norm -> MLP -> residual.
+
+    `drop_path` is the rate at which a sample skips a residual branch (Huang et al. 2016).
+    """
+
+    def __init__(self, width: int, heads: int, drop_path: float = 0.0, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = LayerNorm(width)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) -> (B, N, D). `draws` (B, 2) are uniform in [0, 1), for the attention and for the MLP."""
+        if draws is None or self.drop_path == 0.0:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        scale = keep_scale(draws, self.drop_path)
+        x = x + scaled(self.attn(self.norm1(x)), scale[:, 0])
+        return x + scaled(self.mlp(self.norm2(x)), scale[:, 1])
+
+
+def keep_scale(draws: Tensor, rate: float) -> Tensor:
+    """Factors of residual branches: 1 / (1 - rate) where a uniform draw is at least `rate`, else 0."""
+    return (draws >= rate).to(draws.dtype) / (1.0 - rate)
+
+
+def scaled(branch: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each sample of a branch (B, N, D) by its factor (B), in the branch's own precision."""
+    return branch * scale.to(branch.dtype)[:, None, None]
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Drop-path rates of the blocks, rising linearly from 0 in the first to `rate` in the last."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]

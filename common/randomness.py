@@ -1,0 +1,70 @@
+"""Random numbers as a function of what they are drawn for.
+
+A stream name and integer keys (seed, epoch, dataset index, optimiser step, place in the global batch) determine every
+draw; the order of calls, the rank and the worker do not. So a run can stop anywhere and go on elsewhere, exactly.
+The mixing function is splitmix64 (Steele et al. 2014), on int64 tensors whose products wrap.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, like the two factors below
+_FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: int64 shifts carry the sign
+
+
+def _mix(x: Tensor) -> Tensor:
+    for bits, factor in _FACTORS:
+        x = (x ^ _shift(x, bits)) * factor
+    return x ^ _shift(x, 31)
+
+
+def hashed(stream: str, *keys: int | Tensor) -> Tensor:
+    """64 random bits for each element of the broadcast `keys`."""
+    state = torch.tensor(zlib.crc32(stream.encode()))
+    for key in keys:
+        key = torch.as_tensor(key, dtype=torch.int64)
+        state = _mix((state.to(key.device) if key.ndim else state) + _GOLDEN ^ _mix(key + _GOLDEN))
+    return state
+
+
+def uniform(stream: str, *keys: int | Tensor, n: int) -> Tensor:
+    """`n` uniform draws in [0, 1) for each element of the broadcast keys: shape (..., n), float32 of 24 bits."""
+    bits = hashed(stream, *keys)
+    bits = _mix(bits[..., None] + _GOLDEN * torch.arange(1, n + 1, device=bits.device))
+    return _shift(bits, 40).float() * 2.0**-24
+
+
+def permutation(stream: str, *keys: int, n: int) -> Tensor:
+    """A random order of range(n)."""
+    return hashed(stream, *keys, torch.arange(n)).argsort(stable=True)
+
+
+@contextmanager
+def seeded(stream: str, *keys: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's (CPU) global generators, seeded for the block and restored after it.
+
+    For library code that draws from them (timm's Mixup and RandAugment, the initialisation of weights).
+    """
+    seed = int(hashed(stream, *keys)) & 0xFFFFFFFF
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

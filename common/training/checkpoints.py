@@ -1,0 +1,159 @@
+"""Writing checkpoints so that no kill costs more than the steps since the last one, and finding them again."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from common.errors import InputError
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file, syncs to the disk, then renames; the old `last.ckpt` stays as `previous.ckpt`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise
+        if path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(temporary, path)
+
+
+class Checkpoints(Checkpoint):
+    """`last.ckpt` within and at the end of epochs, `best.ckpt` by the headline metric, and milestones.
+
+    No checkpoint is written after an epoch's last batch before its validation: that one follows the validation, since
+    Lightning would validate twice, or skip it, when it goes on from in between.
+
+    Args:
+        every_n_steps: optimiser steps between two checkpoints within an epoch.
+        every_n_epochs: epochs between two checkpoints at the end of an epoch; the last epoch's is always written.
+        milestones: epochs done whose checkpoint is kept as `epoch=N.ckpt`.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, every_n_epochs: int = 1, milestones: list[int] | None = None) -> None:
+        for name, value in [("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)]:
+            if value < 1:
+                raise InputError(f"checkpoint.{name}: {value} is not a positive number")
+        self.every_n_steps, self.every_n_epochs, self.milestones = every_n_steps, every_n_epochs, milestones or []
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
+        stepped = (i + 1) % trainer.accumulate_grad_batches == 0
+        last_of_epoch = i + 1 == trainer.num_training_batches
+        if stepped and not last_of_epoch and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        epochs = trainer.current_epoch + 1
+        better = self._improved(trainer, module)
+        if better or epochs % self.every_n_epochs == 0 or epochs in (trainer.max_epochs, *self.milestones):
+            self._save(trainer)
+            for name in [BEST] * better + [f"epoch={epochs}.ckpt"] * (epochs in self.milestones):
+                if trainer.is_global_zero:
+                    _link(folder_of(trainer) / LAST, folder_of(trainer) / name)
+
+    def _improved(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        every = trainer.check_val_every_n_epoch
+        validated = every and (trainer.current_epoch + 1) % every == 0
+        value = trainer.callback_metrics.get(f"val/{module.headline}") if validated else None
+        if value is None or not value.isfinite():
+            return False
+        value = float(value)
+        if self.best is None or (value > self.best if module.higher_is_better else value < self.best):
+            self.best = value
+            return True
+        return False
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            trainer.logger.experiment.flush()  # the curves up to this step must survive with it
+        trainer.save_checkpoint(folder_of(trainer) / LAST, weights_only=False)
+
+
+def folder_of(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def _link(source: Path, target: Path) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)  # no second copy on the disk
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def newest_readable(folder: Path) -> Path | None:
+    """The newest checkpoint of `folder` that can be read; None where there is none at all.
+
+    Raises:
+        InputError: there are checkpoints and none can be read. Never a silent fresh start.
+    """
+    candidates = [folder / LAST, folder / PREVIOUS]
+    candidates += sorted(set(folder.glob("*.ckpt")) - set(candidates), key=lambda p: p.stat().st_mtime, reverse=True)
+    candidates = [path for path in candidates if path.exists()]
+    for path in candidates:
+        reason = damage(path)
+        if reason is None:
+            return path
+        rank_zero_warn(f"{path} cannot be read ({reason}); falling back to the checkpoint before it")
+    if candidates:
+        raise InputError(f"{folder}: no checkpoint of {len(candidates)} can be read; restore one, "
+                         "or start anew with --overwrite")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint of the suite cannot be used, or None."""
+    try:
+        checkpoint = read(path)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ")
+    missing = {"state_dict", "loops", "optimizer_states", "accumulation"} - checkpoint.keys()
+    return f"not a checkpoint of this suite: it lacks {', '.join(sorted(missing))}" if missing else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A dict of tensors and plain values from a file of torch.save.
+
+    Raises:
+        InputError: missing, empty, truncated, of another format, or holding more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+    return content

@@ -1,0 +1,278 @@
+"""The command line of all studies: python -m STUDY fit|validate|test|predict|check --config FILE [--key value ...]"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from common.data.loader import GlobalBatchData
+from common.errors import InputError
+from common.training import run
+from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
+from common.training.curves import Curves
+from common.training.initialisation import check_source
+from common.training.messages import class_help, explain, given_configs, with_extended
+from common.training.module import Experiment
+from common.training.progress import Progress
+from common.training.trainer import Trainer
+
+# Options of the command that are neither the model's nor the data's nor the Trainer's.
+OPTIONS = {
+    "run_name": (str | None, None, "folder of the run below runs/STUDY; default: made from the config and overrides"),
+    "runs": (str, "runs", "folder of all runs"),
+    "overwrite": (bool, False, "discard what an earlier run left in the folder"),
+    "init_from": (str | None, None, "start from the weights of a run folder, a checkpoint or a timm state dict"),
+    "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs"),
+    "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),
+    "debug": (bool, False, "show the traceback of an error"),
+}
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line that names the key, the file and the nearest right key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # --run_nam must not pass for --run_name
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise InputError(explain(message, ex)) from ex
+
+
+class StudyCLI(LightningCLI):
+    """LightningCLI with the contract of the run folder.
+
+    Args:
+        study: the package whose experiment runs.
+        args: command line; `sys.argv` where left out.
+        run: False parses and stops, for `run_folder`.
+    """
+
+    def __init__(self, study: str, args: list[str] | None = None, run: bool = True) -> None:
+        self.study, self.execute = study, run
+        self.given = sys.argv[1:] if args is None else args
+        super().__init__(
+            Experiment,
+            GlobalBatchData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "enable_autolog_hparams": False,
+                "use_distributed_sampler": False,  # the orders of common.data.loader know the ranks
+            },
+            save_config_callback=None,  # it refuses to write twice, and so blocks a requeued job
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=Parser,
+            args=with_extended(self.given),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        fixed = {"model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders", "ckpt_path",
+                 "weights_only", "verbose", "return_predictions"}
+        return {name: fixed for name in ("fit", "validate", "test", "predict", "check")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        for name, (type_, default, text) in OPTIONS.items():
+            kind = {"action": "store_true"} if type_ is bool else {"type": type_, "default": default}
+            parser.add_argument(f"--{name}", help=text, **kind)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: what the user types beats what a checkpoint remembers."""
+
+    def before_instantiate_classes(self) -> None:
+        self.options = self.config[self.subcommand]
+        self.resolved = self._resolved(self.config)
+        self.folder = Path(self.options.runs) / self.study / (self.options.run_name or self._default_name())
+        self.resolved["run_name"] = self.folder.name
+        self.checkpoint: Path | None = None
+        if self.execute:
+            getattr(self, f"_before_{self.subcommand}", self._before_evaluation)()
+
+    def instantiate_classes(self) -> None:
+        if self.execute:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.execute:
+            super()._run_subcommand(subcommand)
+
+    def _resolved(self, config: Namespace) -> dict[str, Any]:
+        """The whole config as plain values; `run_name` and what is no part of a replay are left to the caller."""
+        subcommand = config["subcommand"]
+        plain = yaml.safe_load(self.parser.dump(config, skip_none=False))[subcommand]
+        no_part = ("config", "extends", "overwrite", "debug", "runs")
+        return {key: value for key, value in plain.items() if key not in no_part}
+
+    def _default_name(self) -> str:
+        files = given_configs(self.given)
+        if not files:
+            raise InputError("--config: name a config file, as in --config "
+                             f"{self.study}/configs/digits.yaml; `ls {self.study}/configs` lists them")
+        plain = self._resolved(self.parser.parse_args(with_extended([self.subcommand, "--config", str(files[0])])))
+        return run.default_name(files[0].stem, self.resolved, plain)
+
+    # What may go on in this folder
+
+    def _before_check(self) -> None:
+        self._check_epochs()
+
+    def _before_fit(self) -> None:
+        self._check_epochs()
+        if self.options.init_from:
+            check_source(self.options.init_from)
+        if self.options.overwrite:
+            run.discard(self.folder)
+        run.refuse_another_config(self.folder, self.resolved)
+        results = run.read_results(self.folder)
+        if results.get("status") == "finished":
+            print(f"finished: {self.folder}, epoch {results.get('epoch')}; "
+                  "train it anew with --overwrite, or on with --continue_from")
+            raise SystemExit(0)
+        for leftover in (self.folder / "checkpoints").glob("*.tmp"):
+            leftover.unlink()
+        self.checkpoint = newest_readable(self.folder / "checkpoints") or self._continued()
+
+    def _check_epochs(self) -> None:
+        trainer = self.options.trainer
+        if trainer.max_steps not in (-1, None) or trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise InputError(f"trainer.max_epochs: {trainer.max_epochs}; give the length of the run in epochs, 1 or "
+                             "more (trainer.max_steps is not used: Lightning does not resume it exactly)")
+
+    def _continued(self) -> Path | None:
+        if not self.options.continue_from:
+            return None
+        source = Path(self.options.continue_from)
+        checkpoint = newest_readable(source / "checkpoints")
+        if checkpoint is None:
+            raise InputError(f"--continue_from: {source} is not a run folder with a checkpoint")
+        differing = run.differences(run.read_config(source / "config.yaml"), self.resolved)
+        differing = {k: v for k, v in differing.items() if k not in ("trainer.max_epochs", "continue_from")}
+        if differing:
+            raise InputError(f"--continue_from: {source} was trained otherwise: " + "; ".join(
+                f"{key}: {old} there, {new} here" for key, (old, new) in differing.items()))
+        if run.flatten(self.resolved).get("model.optim.schedule") != "constant":
+            raise InputError("--continue_from: needs optim.schedule=constant; a cosine has ended where the run ended")
+        return checkpoint
+
+    def _before_evaluation(self) -> None:
+        run.refuse_another_config(self.folder, self.resolved)
+        self.checkpoint = newest_readable(self.folder / "checkpoints")
+        if self.checkpoint is None:
+            raise InputError(f"{self.folder}: there is no checkpoint to {self.subcommand}; run fit with the same "
+                             "options, or name the run with --run_name")
+
+    # Running
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        curves = Curves()
+        callbacks = [Progress(curves), curves, run.RunFolder(self.study, self.folder, self.resolved, curves)]
+        own = self._get(self.config_init, "trainer").get("callbacks") or []
+        trainer = super().instantiate_trainer(
+            callbacks=[*callbacks, *own],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(self.folder),
+            logger=self._logger(),
+            enable_progress_bar=False,
+            **kwargs,
+        )
+        trainer.seed = self.options.seed_everything
+        self.model.init_from = None if self.checkpoint else self.options.init_from
+        return trainer
+
+    def _logger(self) -> TensorBoardLogger | bool:
+        if self.subcommand in ("check", "predict"):
+            return False
+        # Steps logged after the checkpoint, by a start that was killed, are dropped from the curves.
+        steps = None
+        if self.subcommand == "fit" and self.checkpoint and self.checkpoint.parent.parent == self.folder:
+            steps = read(self.checkpoint)["global_step"] + 1
+        return TensorBoardLogger(str(self.folder.parent), name="", version=self.folder.name, default_hp_metric=False,
+                                 purge_step=steps)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = {"model": self.model, "datamodule": self.datamodule}
+        if subcommand == "check":
+            return kwargs
+        kwargs |= {"ckpt_path": self.checkpoint, "weights_only": True}
+        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+
+
+def run_folder(study: str, args: list[str]) -> Path:
+    """The run folder that `python -m STUDY fit ARGS` uses."""
+    return StudyCLI(study, ["fit", *args], run=False).folder
+
+
+def main(study: str) -> None:
+    """Runs a study's command and leaves with 0, 2 for what the user can mend, or 1."""
+    _quieten()
+    debug = any(argument.startswith("--debug") for argument in sys.argv)
+    try:
+        if {"--help", "-h"} & set(sys.argv[2:]):
+            print(class_help(sys.argv))
+        StudyCLI(study)
+    except Exception as error:
+        if debug:
+            raise
+        mistake = _input_error(error)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
+            if mistake:
+                print(f"error: {_last_line(mistake)}", file=sys.stderr)
+            else:
+                print(f"failed: {type(error).__name__}: {_last_line(error)} (--debug shows where)", file=sys.stderr)
+        sys.exit(2 if mistake else 1)
+
+
+def _input_error(error: BaseException) -> InputError | None:
+    """The user's mistake behind an error: jsonargparse and loader processes wrap it."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    text = str(error).strip()
+    if "Original Traceback" in text:  # from a loader process
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    return text.splitlines()[0] if text else traceback.format_exception_only(error)[-1].strip()
+
+
+def _quieten() -> None:
+    """Lightning's advice that does not apply here; every other warning is shown."""
+    import logging
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # resident data need none
+        ".*dataloader is not resumable.*",  # the order reads its position from the restored progress
+        ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*Found .* module.* in eval mode at the start of training.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*sync_dist=True.*",  # torchmetrics has reduced them
+    ):
+        warnings.filterwarnings("ignore", message)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect on CPU

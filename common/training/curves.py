@@ -1,0 +1,67 @@
+"""The training curves: loss, learning rate, speed, at one step axis for every study."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch.optim import Optimizer
+
+
+class Curves(L.Callback):
+    """Writes `train/loss`, `train/lr`, `train/images_per_second` and `train/mfu` every `log_every_n_steps` steps.
+
+    The loss is that of the step's whole global batch. Between two points nothing is read from the device, so a step
+    never waits for it. The x axis counts optimiser steps done, in validation too.
+
+    Args:
+        peak_flops: of all devices together, for the share of it that the model's own FLOPs reach (mfu); None leaves
+            mfu out.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self.peak_flops = peak_flops
+        self.values: dict[str, float] = {}
+        self.clock = time.perf_counter  # replaced in tests
+        self._loss: torch.Tensor | float = 0.0
+        self._lr = 0.0
+        self._started = 0.0
+        self._steps = 0
+
+    def _restart_clock(self, *_: Any) -> None:
+        self._started, self._steps = self.clock(), 0
+
+    # Validation and checkpoints are not training time.
+    on_train_start = on_validation_end = on_train_epoch_start = _restart_clock
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
+        self._lr = max(group["lr"] for group in optimizer.param_groups)  # the schedule moves on before the batch ends
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
+        self._loss = self._loss + out["loss"].detach()  # Lightning has divided it by the number of micro-batches
+        if (i + 1) % trainer.accumulate_grad_batches:
+            return
+        loss, self._loss = self._loss, 0.0
+        self._steps += 1
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._write(trainer, module, float(trainer.strategy.reduce(loss, reduce_op="mean")))
+
+    def _write(self, trainer: L.Trainer, module: L.LightningModule, loss: float) -> None:
+        step = trainer.global_step
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"train/loss is {loss} at step {step}; the last checkpoint is kept. Try a lower "
+                                     "optim.lr, a longer warm-up, qk_norm, or trainer.gradient_clip_val")
+        images_per_second = self._steps * trainer.datamodule.global_batch / max(self.clock() - self._started, 1e-9)
+        self.values = {
+            "train/loss": loss,
+            "train/lr": self._lr,
+            "train/images_per_second": images_per_second,
+        }
+        if self.peak_flops:
+            flops = 3 * module.cost(module.net).forward_flops * images_per_second
+            self.values["train/mfu"] = flops / self.peak_flops
+        trainer.logger.log_metrics(self.values, step=step)
+        self._restart_clock()

@@ -1,0 +1,61 @@
+"""Exponential moving average of the weights, evaluated beside them and never swapped with them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+
+class EMA(L.Callback):
+    """Keeps an average in fp32 of the module's `net`, parameters and floating-point buffers, as `self.net`.
+
+    The first update copies. The average is no part of the module, whose `state_dict` stays raw; a checkpoint holds it
+    under the key `ema`. Evaluation uses it where there is one, and reports the raw weights beside it.
+
+    Args:
+        decay: of the average, per optimiser step.
+        warmup: use min(decay, (1 + t) / (10 + t)) at update t.
+    """
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = False) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.net: nn.Module | None = None
+        self.updates = 0
+        self.last_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.last_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.last_step:  # a micro-batch that did not step
+            return
+        self.last_step = trainer.global_step
+        if self.net is None:
+            self.net = _average_of(module.net)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+            torch._foreach_lerp_(_floats(self.net), [v.float() for v in _floats(module.net)], 1 - decay)
+        self.updates += 1
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.net is not None:
+            checkpoint["ema"] = {"state_dict": self.net.state_dict(), "updates": self.updates}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "ema" in checkpoint:
+            self.net = _average_of(module.net).to(trainer.strategy.root_device)
+            self.net.load_state_dict(checkpoint["ema"]["state_dict"])
+            self.updates = checkpoint["ema"]["updates"]
+
+
+def _average_of(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).float().requires_grad_(False).eval()
+
+
+def _floats(net: nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]

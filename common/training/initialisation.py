@@ -1,0 +1,98 @@
+"""init_from: weights of another run, of a checkpoint, or of a published timm model, and what of them was loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from common.errors import InputError
+from common.model import VisionTransformer, resample_position
+from common.training.checkpoints import newest_readable, read
+
+
+def check_source(source: str) -> None:
+    """Refuses a source that is not there before anything is built."""
+    if not Path(source).exists():
+        raise InputError(f"--init_from: there is no run folder or file {source}")
+
+
+def state_dict_of(source: str | Path, weights: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
+    """The net's weights in a run folder, a checkpoint of the suite, or a plain state dict (`model`, `state_dict`).
+
+    `ema` takes the average where the checkpoint holds one.
+    """
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = newest_readable(path / "checkpoints")
+        if checkpoint is None:
+            raise InputError(f"--init_from: {path} is not a run folder with a checkpoint")
+        path = checkpoint
+    content = read(path)
+    if weights == "ema" and "ema" in content:
+        return content["ema"]["state_dict"]
+    if "loops" in content:  # written by the suite: the LightningModule's `net`
+        return {k.removeprefix("net."): v for k, v in content["state_dict"].items() if k.startswith("net.")}
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise InputError(f"--init_from: {path} holds no weights")
+    return tensors
+
+
+def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict[str, Any]:
+    """Loads what fits of `source` into `net` and says what was loaded, missing, unexpected, resampled.
+
+    A position table of another grid is resampled, which brings a 2D prior back (paper, section 2.2): it is said, and
+    recorded as `position_prior: interpolated`. The head may differ (another task); the encoder must be covered.
+
+    Raises:
+        InputError: parameters of the backbone other than its head are not in the source, or differ in shape.
+    """
+    weights = state_dict_of(source)
+    report: dict[str, Any] = {"source": str(source), "loaded": [], "missing": [], "unexpected": [], "resampled": []}
+    prefix = next((f"{name}." for name, module in net.named_modules() if module is backbone and name), "")
+    if not any(key.startswith(prefix) for key in weights):  # a classifier's weights for a net around a backbone
+        weights = {prefix + key: value for key, value in weights.items()}
+    table = f"{prefix}pos_embed"
+    own = net.state_dict()
+    if table in own and table in weights and weights[table].shape != own[table].shape:
+        weights[table] = _resampled(weights[table], backbone)
+        report["resampled"].append(table)
+        rank_zero_warn("the position table was interpolated to another grid: this brings a 2D prior back "
+                       "that learned positions do not have (position_prior: interpolated)")
+    result = net.load_state_dict({k: v for k, v in weights.items() if _fits(k, v, own)}, strict=False)
+    report["loaded"] = [key for key in own if key not in result.missing_keys]
+    report["missing"] = list(result.missing_keys)
+    report["unexpected"] = [key for key in weights if key not in own or key in result.missing_keys]
+    head = tuple(f"{prefix}{name}." for name in ("head", "fc_norm", "norm"))
+    uncovered = [k for k in report["missing"] if k.startswith(prefix) and not k.startswith(head) and k in own]
+    if uncovered:
+        shapes = [f"{key} {tuple(own[key].shape)} "
+                  + (f"(there {tuple(weights[key].shape)})" if key in weights else "(absent)") for key in uncovered]
+        more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+        raise InputError(f"--init_from: {source} does not cover the encoder: {', '.join(shapes[:3])}{more}")
+    for name in ("loaded", "missing", "unexpected", "resampled"):
+        keys = report[name]
+        print(f"init_from {name}: {len(keys)} {', '.join(keys) if name != 'loaded' else 'tensors'}")
+    if report["resampled"]:
+        report["position_prior"] = "interpolated"
+    return report
+
+
+def _fits(key: str, value: Tensor, own: dict[str, Tensor]) -> bool:
+    # A convolution's patch weight (D, C, p, p) is reshaped by the patch embedding on loading.
+    return key in own and (own[key].shape == value.shape or (value.ndim == 4 and value.numel() == own[key].numel()))
+
+
+def _resampled(table: Tensor, backbone: VisionTransformer) -> Tensor:
+    prefix = backbone.num_prefix_tokens
+    side = round((table.shape[1] - prefix) ** 0.5)
+    if side * side != table.shape[1] - prefix:
+        raise InputError(f"--init_from: a position table of {table.shape[1]} rows is of no square grid with {prefix} "
+                         "prefix rows, so it cannot be resampled")
+    return resample_position(table, (side, side), backbone.grid, prefix)

@@ -1,0 +1,178 @@
+"""What the command line says: help that lists a config's own keys first, and errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from common.errors import InputError
+from common.training.run import flatten
+
+
+def given_configs(argv: list[str]) -> list[Path]:
+    """The files behind --config and -c."""
+    paths = []
+    for position, argument in enumerate(argv):
+        name, _, value = argument.partition("=")
+        if name in ("--config", "-c"):
+            paths.append(Path(value or next(iter(argv[position + 1 :]), "")))
+    return paths
+
+
+def with_extended(argv: list[str]) -> list[str]:
+    """The command line with the files that its configs extend named before them: later files win."""
+    expanded: list[str] = []
+    for path in given_configs(argv):
+        for ancestor in _lineage(path):
+            expanded += ["--config", str(ancestor)]
+    subcommand, rest = argv[:1], argv[1:]
+    return subcommand + expanded + _without_configs(rest) if expanded else argv
+
+
+def _without_configs(argv: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in ("--config", "-c"):
+            skip = True
+        elif not argument.startswith(("--config=", "-c=")):
+            kept.append(argument)
+    return kept
+
+
+def _lineage(path: Path) -> list[Path]:
+    """The files that `path` extends, oldest first, and itself."""
+    files = [path]
+    while (config := _load(files[0])) and (parent := config.get("extends")):
+        parent = files[0].parent / str(parent)
+        if parent in files:
+            raise InputError(f"{path}: extends itself by way of {parent}")
+        if not parent.is_file():
+            raise InputError(f"{files[0]}: extends {parent}, which is no file")
+        files.insert(0, parent)
+    return files
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A config file; {} where it cannot be read, which the parser reports by itself."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _files(argv: list[str]) -> list[Path]:
+    return [file for path in given_configs(argv) for file in _lineage(path)]
+
+
+def _classes(argv: list[str]) -> dict[str, type]:
+    """The classes that the config files and the command line name for `model` and `data`."""
+    classes = {}
+    for group in ("model", "data"):
+        names = [_load(path).get(group, {}).get("class_path") for path in _files(argv)]
+        names = [name for name in names if isinstance(name, str) and "." in name]
+        if names:
+            module, _, attribute = names[-1].rpartition(".")
+            classes[group] = getattr(importlib.import_module(module), attribute)
+    return classes
+
+
+def _class_parser(classes: dict[str, type]) -> ArgumentParser:
+    parser = ArgumentParser(prog="", usage="", add_help=False)
+    for group, cls in classes.items():
+        parser.add_class_arguments(cls, group, fail_untyped=False)
+    return parser
+
+
+def class_help(argv: list[str]) -> str:
+    """The keys of the model and the data that the given config names; the general help follows it."""
+    classes = _classes(argv)
+    if not classes:
+        return "Add --config FILE to see the model's and the data's keys first.\n"
+    return _class_parser(classes).format_help().removeprefix("usage: \n\n")
+
+
+def _known_keys(argv: list[str]) -> set[str]:
+    from common.training.cli import OPTIONS, Trainer  # the CLI imports this file
+
+    classes = {**_classes(argv), "trainer": Trainer}
+    parser = _class_parser(classes)
+    keys = {action.dest for action in parser._actions}
+    return keys | set(OPTIONS) | {"config", "seed_everything", "checkpoint.every_n_steps", "checkpoint.every_n_epochs",
+                                  "checkpoint.milestones", "model", "data", "model.class_path", "data.class_path"}
+
+
+def _typed_keys(argv: list[str]) -> list[tuple[str, str]]:
+    """(key, where it stands) of everything in the config files and on the command line."""
+    keys = [(key.removesuffix("+"), str(path)) for path in _files(argv) for key in flatten(_load(path))]
+    options = [a[2:].partition("=")[0] for a in argv if a.startswith("--")]
+    return keys + [(key.removesuffix("+").replace(".init_args", ""), "the command line") for key in options]
+
+
+def explain(message: str, error: Exception | None, argv: list[str] | None = None) -> str:
+    """One line for the parser's message: a misspelt key, a missing file, or a value of the wrong type."""
+    argv = sys.argv if argv is None else argv
+    cause = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    for path in given_configs(argv):
+        problem = _unreadable(path)
+        if problem:
+            return problem
+    return _misspelt(argv) or _condensed(message)
+
+
+def _unreadable(path: Path) -> str | None:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        return f"--config: there is no file {path}{hint}"
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return f"{path}: not readable as YAML: {' '.join(str(error).split())}"
+    if not isinstance(config, dict):
+        return f"{path}: holds {type(config).__name__}, not a mapping with model, data and trainer"
+    return None
+
+
+def _misspelt(argv: list[str]) -> str | None:
+    try:
+        known = _known_keys(argv)
+    except (ImportError, AttributeError) as error:
+        return f"class_path: {error}"
+    for key, where in _typed_keys(argv):
+        if key in known or key.endswith("class_path") or any(k.startswith(f"{key}.") for k in known):
+            continue
+        if any(key.startswith(f"{k}.") for k in known if k not in ("model", "data", "trainer")):
+            continue  # inside a value that is itself a class or a dict
+        near = difflib.get_close_matches(key, known, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{key}: unknown key in {where}{hint}"
+    return None
+
+
+_NOISE = re.compile(r"\s*(Parser key|Problem with given class_path|Does not validate against any of the Union|"
+                    r"Given value type|Subtypes:|- Expected|Value:|tip:).*")
+
+
+def _condensed(message: str) -> str:
+    """The telling lines of jsonargparse's nested report: the key it starts from and its innermost reasons."""
+    key = re.search(r'[Pp]arser key "([^"]+)"', message)
+    lines = [line.strip(" -") for line in message.splitlines()]
+    reasons = [line for line in lines if line and not _NOISE.match(line)]
+    inner = re.findall(r"(?:Expected .*|Parser key .*|Invalid .*|invalid .*|Given value: .*)", message)
+    text = "; ".join(dict.fromkeys(inner[-2:] or reasons[-2:] or lines[:1]))
+    return f"{key.group(1)}: {text}" if key and key.group(1) not in text else text
+

@@ -1,0 +1,169 @@
+"""What the LightningModules of all studies share: a net built for the data, one recipe, draws by place, evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from common.data.loader import GlobalBatchData, rescale_progress
+from common.model.flops import activation_bytes, forward_flops
+from common.model.vit import VisionTransformer
+from common.randomness import seeded, uniform
+from common.training.ema import EMA
+from common.training.initialisation import initialise
+from common.training.optim import Recipe, adamw, lr_schedule
+
+
+class Cost(NamedTuple):
+    """What a net costs: tokens of an image, parameters, FLOPs of an image's forward, bytes kept for its backward."""
+
+    tokens: int
+    parameters: int
+    forward_flops: int
+    activation_bytes: int
+
+
+class Experiment(L.LightningModule):
+    """A net, a loss and metrics; the Trainer does the rest.
+
+    A study overrides `build`, `metrics`, `training_step` and `evaluate`, and names its headline metric.
+
+    Args:
+        optim: the optimiser recipe.
+    """
+
+    headline = "acc1"
+    higher_is_better = True
+    # True where the loss is not a mean over images: a step must then see its whole batch on each device.
+    whole_batch = False
+
+    def __init__(self, optim: Recipe) -> None:
+        super().__init__()
+        self.optim = optim
+        self.net: nn.Module | None = None
+        self.init_from: str | None = None  # set by the command line for a fresh start alone
+        self.initialised: dict[str, Any] = {}
+        self.scores: dict[str, MetricCollection] = {}
+
+    def build(self, data: GlobalBatchData) -> nn.Module:
+        """The net for these data."""
+        raise NotImplementedError
+
+    def metrics(self, data: GlobalBatchData) -> MetricCollection:
+        """Fresh metrics, named as they are logged behind `val/` or `test/`."""
+        raise NotImplementedError
+
+    def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
+        """Updates `scores` with what `net` says of an evaluation batch."""
+        raise NotImplementedError
+
+    def backbone(self, net: nn.Module) -> VisionTransformer:
+        """The Vision Transformer in `net`, whose cost is reported."""
+        return net
+
+    # Building and cost
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with seeded("init", self.trainer.seed):
+                self.net = self.build(self.trainer.datamodule)
+            if self.init_from:
+                self.initialised = initialise(self.net, self.backbone(self.net), self.init_from)
+
+    def cost(self, net: nn.Module) -> Cost:
+        vit = self.backbone(net)
+        parameters = sum(p.numel() for p in net.parameters())
+        precision = self.trainer.precision if self.trainer.precision in ("bf16-mixed", "bf16-true") else "32-true"
+        return Cost(vit.tokens, parameters, forward_flops(vit), activation_bytes(vit, 1, precision))
+
+    def images_that_fit(self, data: GlobalBatchData) -> int:
+        """The most images that a training step can hold on this device: 0.7 of its memory, less the weights' share."""
+        with torch.device("meta"):
+            cost = self.cost(self.build(data))
+        weights = 20 * cost.parameters  # fp32: weights, gradients, two moments, an average
+        room = 0.7 * device_memory(self.trainer.strategy.root_device) - weights
+        return max(int(room / cost.activation_bytes), 1)
+
+    # Training
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [] if self.optim.ema is None else [EMA(self.optim.ema, self.optim.ema_warmup)]
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        data = self.trainer.datamodule
+        optimizer = adamw(self.net, self.optim, self.optim.peak_lr(data.global_batch))
+        factor = self.optim.factor(data.global_batch, data.steps_per_epoch, self.trainer.max_epochs)
+        return [optimizer], [lr_schedule(optimizer, factor)]
+
+    def draws(self, stream: str, batch: dict[str, Tensor], n: int) -> Tensor:
+        """Uniform draws (B, n) for this optimiser step, by each image's place in the global batch."""
+        return uniform(stream, self.trainer.seed, self.trainer.global_step, batch["place"], n=n)
+
+    # Evaluation: with EMA the average is `val` and the weights themselves are `val_raw`
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The EMA callback's net, where it is on and has been updated."""
+        return next((callback.net for callback in self.trainer.callbacks if isinstance(callback, EMA)), None)
+
+    def evaluated(self, stage: str) -> Iterator[tuple[str, nn.Module]]:
+        if self.average is None:
+            yield stage, self.net
+        else:
+            yield from [(stage, self.average), (f"{stage}_raw", self.net)]
+
+    def _start(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        self.scores = {tag: self.metrics(data).to(self.device) for tag, _ in self.evaluated(stage)}
+
+    def _step(self, stage: str, batch: dict[str, Tensor]) -> None:
+        for tag, net in self.evaluated(stage):
+            self.evaluate(net, batch, self.scores[tag])
+
+    def _end(self) -> None:
+        # `step`: the x axis of these points is the optimiser steps done, as that of the training curves.
+        values = {"step": torch.tensor(float(self.trainer.global_step))}
+        for tag, scores in self.scores.items():
+            values |= {f"{tag}/{name}": value.float() for name, value in scores.compute().items()}
+        self.log_dict(values)
+        self.scores = {}
+
+    def on_validation_epoch_start(self) -> None:
+        self._start("val")
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        self._step("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end()
+
+    def on_test_epoch_start(self) -> None:
+        self._start("test")
+
+    def test_step(self, batch: dict[str, Tensor], _: int) -> None:
+        self._step("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._end()
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["accumulation"] = self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == "fit":
+            rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of the device; of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,68 @@
+"""The progress line: epoch, loss, images per second, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from common.training.curves import Curves
+
+
+class Progress(L.Callback):
+    """One bar over all steps of the run on a terminal; one line an epoch where the output is a file.
+
+    Args:
+        curves: whose last loss and speed are shown, so that the bar never waits for the device.
+    """
+
+    def __init__(self, curves: Curves) -> None:
+        self.curves = curves
+        self._bar: Bar | None = None
+        self._shown = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._total = trainer.datamodule.steps_per_epoch * trainer.max_epochs
+        self._start, self._first_step = time.perf_counter(), trainer.global_step
+        if trainer.is_global_zero and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("training", total=self._total, completed=trainer.global_step)
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
+        now = time.perf_counter()
+        if self._bar and now - self._shown > 0.2:
+            self._shown = now
+            self._bar.update(self._task, completed=trainer.global_step, description=self._line(trainer, module))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.global_step, description=self._line(trainer, module))
+        elif trainer.is_global_zero:
+            done = trainer.global_step - self._first_step
+            left = (time.perf_counter() - self._start) / max(done, 1) * (self._total - trainer.global_step)
+            print(f"{self._line(trainer, module)} · {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
+
+    def _line(self, trainer: L.Trainer, module: L.LightningModule) -> str:
+        parts = [f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"]
+        values = self.curves.values
+        if values:
+            parts += [f"loss {values['train/loss']:.4f}", f"{values['train/images_per_second']:,.0f} images/s"]
+        score = trainer.callback_metrics.get(f"val/{module.headline}")
+        if score is not None:
+            parts.append(f"val/{module.headline} {score:.2f}")
+        return " · ".join(parts)

@@ -1,0 +1,284 @@
+"""The run folder: its name, what lies in it, and whether a command may go on there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+
+from common.errors import InputError
+from common.training.curves import Curves
+from common.training.recipe import effective_recipe, print_recipe
+
+# What a result depends on. Devices, nodes, workers, logging and paths do not belong to it.
+COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
+COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
+                   "overfit_batches")
+NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
+               "data.max_unreadable")
+
+# The same in every study, since TensorBoard takes the columns of HPARAMS from one run's summary.
+HEADLINES = (
+    "val/acc1", "val/acc5", "val/rmse", "val/rae", "val/loss", "test/acc1", "test/acc5", "test/rmse", "test/rae",
+    "test/fid", "test/sfid", "test/inception_score", "test/precision", "test/recall",
+)
+HPARAMS = ("study", "dataset", "size", "patch_size", "position", "pool", "lr", "batch_size", "epochs", "seed")
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys, as a user types them: without `init_args`."""
+
+    def items(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            path = prefix if key == "init_args" else f"{prefix}.{key}" if prefix else key
+            if isinstance(value, dict) and value:
+                yield from items(value, path)
+            else:
+                yield path, value
+
+    return dict(items(config, prefix))
+
+
+def covered(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that its results depend on, flattened; what is unset is left out."""
+    flat = flatten(config)
+    names = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
+    return {key: value for key, value in flat.items()
+            if value is not None and (key.startswith(COVERED) or key in names) and key not in NOT_COVERED}
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(covered(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose covered values differ, with both values."""
+    one, other = covered(one), covered(other)
+    return {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())
+            if one.get(key) != other.get(key)}
+
+
+def default_name(config_name: str, config: dict[str, Any], plain: dict[str, Any]) -> str:
+    """CONFIG-SIZE-pPATCH-sSEED, and a short hash of the further overrides of `plain`, the config without any."""
+    flat = flatten(config)
+    named = {"model.size": "{}", "model.patch_size": "p{}", "seed_everything": "s{}"}
+    parts = [config_name, *(form.format(flat[key]) for key, form in named.items() if flat.get(key) is not None)]
+    further = {key: values[0] for key, values in differences(config, plain).items() if key not in named}
+    if further:
+        parts.append(hashlib.sha256(json.dumps(further, sort_keys=True).encode()).hexdigest()[:6])
+    return "-".join(parts)
+
+
+def refuse_another_config(folder: Path, config: dict[str, Any]) -> None:
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        return
+    differing = differences(read_config(saved), config)
+    if differing:
+        keys = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in differing.items())
+        raise InputError(f"{folder} holds a run of another config ({keys}); choose another --run_name, "
+                         "or discard that run with --overwrite")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a mapping of keys to values")
+    return config
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a run folder; {} where there is none yet."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it, it is written again when the run goes on") from error
+
+
+def discard(folder: Path) -> None:
+    """Removes what a run left: the files of the contract, and nothing that the user put there."""
+    for name in ("config.yaml", "results.json", "predictions.csv", "lock"):
+        (folder / name).unlink(missing_ok=True)
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    for name in ("checkpoints", "figures", "predictions"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class RunFolder(L.Callback):
+    """Keeps config.yaml, results.json and HPARAMS of a run.
+
+    Args:
+        study: whose run it is.
+        folder: runs/STUDY/RUN_NAME.
+        config: the resolved config, as it will be replayed.
+        curves: whose last values go into the results.
+    """
+
+    def __init__(self, study: str, folder: Path, config: dict[str, Any], curves: Curves) -> None:
+        self.study, self.folder, self.config, self.curves = study, folder, config, curves
+        self.results: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
+        self.seconds = 0.0
+        self._clock = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "seconds": self.seconds + time.perf_counter() - self._clock}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metrics, self.seconds = dict(state["metrics"]), state["seconds"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config_hash"] = config_hash(self.config)
+
+    # Training
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._clock = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        recipe = effective_recipe(trainer, module, trainer.datamodule)
+        print(f"run folder: {self.folder}")
+        print_recipe(recipe)
+        self.results = {"recipe": recipe, **self._identity(trainer, module)}
+        if trainer.global_step == 0:
+            hparams = {name: self.results.get(name) for name in HPARAMS}
+            headlines = dict.fromkeys(HEADLINES, math.nan)
+            trainer.logger.log_hyperparams({k: "none" if v is None else v for k, v in hparams.items()}, headlines)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
+        # Not before the first batch went through: a start that failed must not block the corrected command.
+        if trainer.is_global_zero and not (self.folder / "config.yaml").exists():
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+            self._write(trainer, "running")
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._collect(trainer, module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._write(trainer, "running")
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not self.results:  # killed between its last checkpoint and here
+            self.results = {"recipe": effective_recipe(trainer, module, trainer.datamodule),
+                            **self._identity(trainer, module)}
+        done = trainer.current_epoch >= trainer.max_epochs
+        self._write(trainer, "finished" if done else "running")
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if self.results and isinstance(exception, Exception):
+            self._write(trainer, "failed", error=f"{type(exception).__name__}: {exception}".splitlines()[0])
+
+    # Evaluation of a trained run: its metrics join those of the training
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._amend(trainer)
+
+    def _amend(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            results = read_results(self.folder)
+            results.setdefault("metrics", {}).update(_finite(trainer.callback_metrics))
+            write_atomically(self.folder / "results.json", json.dumps(results, indent=2))
+
+    def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.metrics |= _finite(trainer.callback_metrics)
+        headline = f"val/{module.headline}"
+        best, value = self.metrics.get(f"best/{headline}"), self.metrics.get(headline)
+        if value is not None and (best is None or (value > best if module.higher_is_better else value < best)):
+            self.metrics |= {f"best/{tag}": v for tag, v in self.metrics.items() if tag.startswith("val")}
+            self.metrics["best/epoch"] = trainer.current_epoch + 1
+
+    def _identity(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        flat, data = flatten(self.config), trainer.datamodule
+        return {
+            "study": self.study,
+            "run_name": self.folder.name,
+            "config_hash": config_hash(self.config),
+            "dataset": data.dataset,
+            **{name: flat.get(f"model.{name}") for name in ("size", "patch_size", "position", "pool")},
+            "lr": module.optim.peak_lr(data.global_batch),
+            "batch_size": data.global_batch,
+            "epochs": trainer.max_epochs,
+            "seed": trainer.seed,
+            "headline": f"val/{module.headline}",
+            "higher_is_better": module.higher_is_better,
+            "parameters": sum(p.numel() for p in module.net.parameters()),
+            "weights": "raw" if module.average is None else "ema",
+            "versions": {name: version(name) for name in ("torch", "lightning", "timm", "torchmetrics")}
+            | {"python": platform.python_version()},
+            "hardware": hardware(trainer),
+            "commit": commit(),
+            **({"init_from": module.initialised} if module.initialised else {}),
+        }
+
+    def _write(self, trainer: L.Trainer, status: str, **more: Any) -> None:
+        if not trainer.is_global_zero or not (self.folder / "config.yaml").exists():
+            return
+        step = trainer.global_step
+        results = {
+            **self.results,
+            "status": status,
+            **more,
+            "metrics": self.metrics | self.curves.values,
+            "epoch": trainer.current_epoch,
+            "step": step,
+            "images_seen": step * self.results.get("batch_size", 0),
+            "train_seconds": round(self.seconds + time.perf_counter() - self._clock, 1),
+        }
+        write_atomically(self.folder / "results.json", json.dumps(results, indent=2))
+
+
+def _finite(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {tag: float(value) for tag, value in metrics.items() if math.isfinite(value) and tag != "step"}
+
+
+def hardware(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {os.cpu_count()} cores"
+    return f"{trainer.world_size} x {name}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """The commit of the code, with `+` where it was changed; `unknown` outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return name.stdout.strip() + "+" * bool(changed.stdout) if name.returncode == 0 else "unknown"

@@ -1,0 +1,125 @@
+"""Classification: a Vision Transformer on pixels or patches, cross-entropy, Acc@1 and Acc@5."""
+
+from __future__ import annotations
+
+import csv
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from common.data import ImageData
+from common.errors import InputError
+from common.model import VisionTransformer
+from common.randomness import seeded
+from common.training.module import Experiment
+from common.training.optim import Recipe
+
+
+class Classification(Experiment):
+    """The paper's first case study. Patch size 1 makes every pixel a token; nothing else differs between two arms.
+
+    Args:
+        optim: the optimiser recipe.
+        label_smoothing: share of the target spread over all classes.
+        mixup: alpha of mixup, 0 is off; a batch is mixed with itself in reverse order.
+        cutmix: alpha of cutmix, 0 is off; with both on, each batch takes one of them with probability 0.5.
+        vit: the model's options, see `common.model.VisionTransformer`.
+    """
+
+    headline = "acc1"
+
+    def __init__(
+        self, optim: Recipe, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, **vit: Any
+    ) -> None:
+        super().__init__(optim)
+        for name, value in [("mixup", mixup), ("cutmix", cutmix)]:
+            if value < 0:
+                raise InputError(f"model.{name}: {value} is negative; 0 turns it off")
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"model.label_smoothing: {label_smoothing} is not in [0, 1)")
+        self.label_smoothing, self.mixup, self.cutmix = label_smoothing, mixup, cutmix
+        self.vit = vit
+
+    def build(self, data: ImageData) -> VisionTransformer:
+        return VisionTransformer(
+            image_size=data.image_size, channels=data.channels, classes=len(data.class_names), **self.vit
+        )
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        images, targets = self._mixed(batch)
+        drops = self.draws("drop path", batch, 2 * self.net.depth) if self.net.drop_path else None
+        logits = self.net(images, drops=drops).float()
+        # timm's Mixup has smoothed the targets that it mixed.
+        return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else self.label_smoothing)
+
+    def _mixed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and targets, (B,) labels or (B, classes) where mixup or cutmix is on (Zhang 2018, Yun 2019)."""
+        if not (self.mixup or self.cutmix):
+            return batch["image"], batch["label"]
+        if len(batch["label"]) % 2:
+            raise InputError(f"data.batch_size: mixup pairs images, and {len(batch['label'])} on a device are odd")
+        with seeded("mixup", self.trainer.seed, self.trainer.global_step):  # one lambda and box for the global batch
+            return self._timm_mixup(batch["image"], batch["label"])
+
+    @cached_property
+    def _timm_mixup(self) -> Any:
+        from timm.data import Mixup
+
+        return Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.net.classes)
+
+    def metrics(self, data: ImageData) -> MetricCollection:
+        return MetricCollection({"loss": MeanMetric(), "acc1": TopK(1), "acc5": TopK(5)})
+
+    def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
+        logits = net(batch["image"]).float()
+        scores["loss"].update(F.cross_entropy(logits, batch["label"], reduction="none"))
+        for name in ("acc1", "acc5"):
+            scores[name].update(logits, batch["label"])
+
+    # Prediction: a table of the five likeliest classes of each file
+
+    def on_predict_epoch_start(self) -> None:
+        self._predictions: list[tuple[str, Tensor, Tensor]] = []
+
+    def predict_step(self, batch: dict[str, Any], _: int) -> None:
+        _, net = next(self.evaluated("predict"))
+        probabilities, classes = net(batch["image"]).float().softmax(-1).topk(min(5, self.net.classes))
+        self._predictions += zip(batch["file"], classes.tolist(), probabilities.tolist(), strict=True)
+
+    def on_predict_epoch_end(self) -> None:
+        names = self.trainer.datamodule.class_names
+        path = Path(self.trainer.default_root_dir) / "predictions.csv"
+        if self.trainer.world_size > 1:
+            path = path.with_name(f"predictions-rank{self.trainer.global_rank}.csv")
+        with open(path, "w", newline="") as file:
+            table = csv.writer(file)
+            k = min(5, self.net.classes)
+            table.writerow(["file", *(f"{kind}{i}" for i in range(1, k + 1) for kind in ("class", "probability"))])
+            for name, classes, probabilities in self._predictions:
+                pairs = zip(classes, probabilities, strict=True)
+                table.writerow([name, *(cell for c, p in pairs for cell in (names[c], f"{p:.6f}"))])
+        print(f"{len(self._predictions)} images -> {path}")
+
+
+class TopK(Metric):
+    """Percentage of images whose label is among the k largest logits, from exact counts over all ranks."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Logits (B, classes), labels (B,)."""
+        largest = logits.topk(min(self.k, logits.shape[1])).indices
+        self.hits += (largest == labels[:, None]).sum()
+        self.images += len(labels)
+
+    def compute(self) -> Tensor:
+        return 100 * self.hits / self.images
