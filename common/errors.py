@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     Commands print it alone and leave with exit code 2; anything else is a defect or a fault and leaves with 1.
     """
+
+    def __init__(self, message: str) -> None:
+        # A loader's process wraps what it raises in its traceback, which ends with our line.
+        super().__init__(message.rsplit("InputError: ", 1)[-1].rstrip())

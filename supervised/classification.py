@@ -50,10 +50,17 @@ class Classification(Experiment):
             image_size=data.image_size, channels=data.channels, classes=len(data.class_names), **self.vit
         )
 
+    def transform(self, images: Tensor) -> Tensor:
+        """What an image (B, C, H, W) goes through right before the net, after all augmentation and in every stage.
+
+        The place for an ablation of one's own.
+        """
+        return images
+
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         images, targets = self._mixed(batch)
         drops = self.draws("drop path", batch, 2 * self.net.depth) if self.net.drop_path else None
-        logits = self.net(images, drops=drops).float()
+        logits = self.net(self.transform(images), drops=drops).float()
         # timm's Mixup has smoothed the targets that it mixed.
         return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else self.label_smoothing)
 
@@ -76,7 +83,7 @@ class Classification(Experiment):
         return MetricCollection({"loss": MeanMetric(), "acc1": TopK(1), "acc5": TopK(5)})
 
     def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
-        logits = net(batch["image"]).float()
+        logits = net(self.transform(batch["image"])).float()
         scores["loss"].update(F.cross_entropy(logits, batch["label"], reduction="none"))
         for name in ("acc1", "acc5"):
             scores[name].update(logits, batch["label"])
@@ -88,7 +95,7 @@ class Classification(Experiment):
 
     def predict_step(self, batch: dict[str, Any], _: int) -> None:
         _, net = next(self.evaluated("predict"))
-        probabilities, classes = net(batch["image"]).float().softmax(-1).topk(min(5, self.net.classes))
+        probabilities, classes = net(self.transform(batch["image"])).float().softmax(-1).topk(min(5, self.net.classes))
         self._predictions += zip(batch["file"], classes.tolist(), probabilities.tolist(), strict=True)
 
     def on_predict_epoch_end(self) -> None:

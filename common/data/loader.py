@@ -50,7 +50,7 @@ class TrainOrder(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, done = self.position()
         order = permutation("order", self.seed, epoch, n=self.images)
-        for micro_step in range(done % len(self), len(self)):
+        for micro_step in range(done, len(self)):
             step, k = divmod(micro_step, self.accumulation)
             places = self.places[k]
             indices = order[step * self.batch + places]
@@ -125,19 +125,26 @@ class GlobalBatchData(L.LightningDataModule):
         ranks = trainer.world_size
         self.global_batch = min(self.batch_size, len(self.sets["train"]))
         if self.global_batch % ranks:
-            near = max(self.global_batch // ranks, 1) * ranks
+            below = self.global_batch // ranks * ranks
+            near = [n for n in (below, below + ranks) if 0 < n <= len(self.sets["train"])]
             raise InputError(f"data.batch_size: {self.global_batch} images do not divide over {ranks} devices; "
-                             f"{near} or {near + ranks} would")
+                             f"{' or '.join(map(str, near)) or 'no batch of so few training images'} would")
         per_device = self.global_batch // ranks
         most = module.images_that_fit(self) if self.batch_per_device == "auto" else self.batch_per_device
-        divisors = [n for n in range(1, per_device + 1) if per_device % n == 0 and n <= most]
-        self.micro_batch = max((n for n in divisors if n % 2 == 0), default=max(divisors, default=1))
-        if 2 * self.micro_batch < min(most, per_device):
-            near = round(per_device / most) * most * ranks
+        if module.whole_batch and per_device > most:
+            raise InputError(f"data.batch_size: the loss is no mean over images and needs the {per_device} images of a "
+                             f"device at once, but it holds {most}; use at most {most * ranks}, more devices, or "
+                             f"model.checkpoint_blocks, or set data.batch_per_device={per_device} if they do fit")
+        self.micro_batch = _micro_batch(per_device, most)
+        if not self.micro_batch:
+            near = next(n for gap in range(per_device) for n in (per_device + gap, per_device - gap)
+                        if n * ranks <= len(self.sets["train"]) and (_micro_batch(n, most) or 1) % 2 == 0)
             raise InputError(f"data.batch_size: {self.global_batch} images on {ranks} device(s) do not divide into "
-                             f"micro-batches of at most {most}; {near} would")
+                             f"micro-batches of at most {most}; {near * ranks} would")
         trainer.accumulate_grad_batches = per_device // self.micro_batch
-        self.steps_per_epoch = len(self._order()) // trainer.accumulate_grad_batches
+        batches, limit = len(self._order()), trainer.limit_train_batches
+        self._batches_per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        self.steps_per_epoch = self._batches_per_epoch // trainer.accumulate_grad_batches
 
     def _order(self) -> TrainOrder:
         trainer = self.trainer
@@ -147,7 +154,8 @@ class GlobalBatchData(L.LightningDataModule):
     def _position(self) -> tuple[int, int]:
         # `processed`, not `current_epoch`: a checkpoint from the end of an epoch has not counted it as completed.
         loop = self.trainer.fit_loop
-        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+        done = loop.epoch_loop.batch_progress.current.ready % self._batches_per_epoch  # all of them: at an epoch's end
+        return loop.epoch_progress.current.processed, done
 
     def _loader(self, split: str, order: Sampler) -> DataLoader:
         return DataLoader(
@@ -177,6 +185,13 @@ class GlobalBatchData(L.LightningDataModule):
         return self._evaluation_loader("predict")
 
 
+def _micro_batch(batch: int, most: int) -> int | None:
+    """The largest even divisor up to `most`, or odd one where none is even; None where that wastes half of the room."""
+    divisors = [n for n in range(1, min(batch, most) + 1) if batch % n == 0]
+    largest = max((n for n in divisors if n % 2 == 0), default=divisors[-1])  # even: mixup pairs images
+    return largest if 2 * largest >= min(most, batch) else None
+
+
 def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
@@ -188,6 +203,7 @@ def rescale_progress(checkpoint: dict[str, Any], accumulation: int) -> None:
         return
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
-        for name in counts:
-            # Saved in `on_train_batch_end`, where the batch is processed and not yet completed: round up.
-            counts[name] = -(-counts[name] // saved) * accumulation - (name == "completed" and counts[name] % saved > 0)
+        # 1 in a checkpoint from `on_train_batch_end`: its batch is processed and not yet completed.
+        pending = counts["processed"] - counts["completed"]
+        counts.update(dict.fromkeys(counts, counts["processed"] // saved * accumulation))
+        counts["completed"] -= pending

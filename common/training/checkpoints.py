@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -69,13 +68,13 @@ class Checkpoints(Checkpoint):
         stepped = (i + 1) % trainer.accumulate_grad_batches == 0
         last_of_epoch = i + 1 == trainer.num_training_batches
         if stepped and not last_of_epoch and trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+            self._save(trainer, module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epochs = trainer.current_epoch + 1
         better = self._improved(trainer, module)
         if better or epochs % self.every_n_epochs == 0 or epochs in (trainer.max_epochs, *self.milestones):
-            self._save(trainer)
+            self._save(trainer, module)
             for name in [BEST] * better + [f"epoch={epochs}.ckpt"] * (epochs in self.milestones):
                 if trainer.is_global_zero:
                     _link(folder_of(trainer) / LAST, folder_of(trainer) / name)
@@ -92,7 +91,11 @@ class Checkpoints(Checkpoint):
             return True
         return False
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
+        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            raise FloatingPointError(f"weights are not finite at step {trainer.global_step}; the last checkpoint is "
+                                     "kept. Try a lower optim.lr, or a longer warm-up")
         if trainer.is_global_zero:
             trainer.logger.experiment.flush()  # the curves up to this step must survive with it
         trainer.save_checkpoint(folder_of(trainer) / LAST, weights_only=False)
@@ -139,7 +142,14 @@ def damage(path: Path) -> str | None:
     except InputError as error:
         return str(error).removeprefix(f"{path}: ")
     missing = {"state_dict", "loops", "optimizer_states", "accumulation"} - checkpoint.keys()
-    return f"not a checkpoint of this suite: it lacks {', '.join(sorted(missing))}" if missing else None
+    if missing:
+        return f"not a checkpoint of this suite: it lacks {', '.join(sorted(missing))}"
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not compare them when it reads
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError) as error:  # a damaged header, an unknown compression in it
+        return str(error)
+    return f"the checksum of {broken} differs" if broken else None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -152,8 +162,11 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: there is no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0][:120]})") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # torch's reader meets damage with nearly any of them, KeyError and struct.error too
+        raise InputError(f"{path}: truncated, or not a checkpoint of tensors and plain values alone "
+                         f"({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     return content

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import importlib
+import logging
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from common.command import run_command
 from common.data.loader import GlobalBatchData
 from common.errors import InputError
+from common.identity import flatten
 from common.training import run
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
 from common.training.curves import Curves
@@ -35,18 +37,20 @@ OPTIONS = {
     "init_from": (str | None, None, "start from the weights of a run folder, a checkpoint or a timm state dict"),
     "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs"),
     "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),
-    "debug": (bool, False, "show the traceback of an error"),
 }
 
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line that names the key, the file and the nearest right key."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # --run_nam must not pass for --run_name
+    def __init__(self, *args: Any, given: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # --run_nam must not pass for --run_name
+        self.given = given or []
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        raise InputError(explain(message, ex)) from ex
+        if not self.exit_on_error:  # a parser inside the parser, for the arguments of a class
+            super().error(message, ex)
+        raise InputError(explain(message, ex, self.given)) from ex
 
 
 class StudyCLI(LightningCLI):
@@ -80,6 +84,11 @@ class StudyCLI(LightningCLI):
             parser_class=Parser,
             args=with_extended(self.given),
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        description = f"{importlib.import_module(self.study).__doc__} --debug shows the traceback of an error."
+        return super().init_parser(**{"prog": f"python -m {self.study}", "description": description, "given": self.given,
+                                       **kwargs})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -119,8 +128,8 @@ class StudyCLI(LightningCLI):
     def _resolved(self, config: Namespace) -> dict[str, Any]:
         """The whole config as plain values; `run_name` and what is no part of a replay are left to the caller."""
         subcommand = config["subcommand"]
-        plain = yaml.safe_load(self.parser.dump(config, skip_none=False))[subcommand]
-        no_part = ("config", "extends", "overwrite", "debug", "runs")
+        plain = yaml.safe_load(self.parser.dump(config, skip_unset=False))[subcommand]
+        no_part = ("config", "extends", "overwrite", "runs")
         return {key: value for key, value in plain.items() if key not in no_part}
 
     def _default_name(self) -> str:
@@ -170,7 +179,7 @@ class StudyCLI(LightningCLI):
         if differing:
             raise InputError(f"--continue_from: {source} was trained otherwise: " + "; ".join(
                 f"{key}: {old} there, {new} here" for key, (old, new) in differing.items()))
-        if run.flatten(self.resolved).get("model.optim.schedule") != "constant":
+        if flatten(self.resolved).get("model.optim.schedule") != "constant":
             raise InputError("--continue_from: needs optim.schedule=constant; a cosine has ended where the run ended")
         return checkpoint
 
@@ -223,45 +232,20 @@ def run_folder(study: str, args: list[str]) -> Path:
 
 
 def main(study: str) -> None:
-    """Runs a study's command and leaves with 0, 2 for what the user can mend, or 1."""
-    _quieten()
-    debug = any(argument.startswith("--debug") for argument in sys.argv)
-    try:
-        if {"--help", "-h"} & set(sys.argv[2:]):
-            print(class_help(sys.argv))
-        StudyCLI(study)
-    except Exception as error:
-        if debug:
-            raise
-        mistake = _input_error(error)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
-            if mistake:
-                print(f"error: {_last_line(mistake)}", file=sys.stderr)
-            else:
-                print(f"failed: {type(error).__name__}: {_last_line(error)} (--debug shows where)", file=sys.stderr)
-        sys.exit(2 if mistake else 1)
+    """Runs a study's command, and leaves with its exit code."""
+
+    def command(arguments: list[str]) -> int:
+        if {"--help", "-h"} & set(arguments[1:]):
+            print(class_help(arguments))
+        StudyCLI(study, arguments)
+        return 0
+
+    quieten()
+    run_command(command)
 
 
-def _input_error(error: BaseException) -> InputError | None:
-    """The user's mistake behind an error: jsonargparse and loader processes wrap it."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _last_line(error: BaseException) -> str:
-    text = str(error).strip()
-    if "Original Traceback" in text:  # from a loader process
-        text = text.splitlines()[-1].split(": ", 1)[-1]
-    return text.splitlines()[0] if text else traceback.format_exception_only(error)[-1].strip()
-
-
-def _quieten() -> None:
+def quieten() -> None:
     """Lightning's advice that does not apply here; every other warning is shown."""
-    import logging
-
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -34,7 +34,7 @@ class Curves(L.Callback):
     def _restart_clock(self, *_: Any) -> None:
         self._started, self._steps = self.clock(), 0
 
-    # Validation and checkpoints are not training time.
+    # Validation, and what the end of an epoch writes, are not training time.
     on_train_start = on_validation_end = on_train_epoch_start = _restart_clock
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:

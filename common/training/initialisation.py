@@ -60,12 +60,19 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
         weights = {prefix + key: value for key, value in weights.items()}
     table = f"{prefix}pos_embed"
     own = net.state_dict()
+    if table not in dict(net.named_parameters()):
+        own.pop(table, None)  # a fixed table is computed, and stays as its config says
     if table in own and table in weights and weights[table].shape != own[table].shape:
         weights[table] = _resampled(weights[table], backbone)
         report["resampled"].append(table)
         rank_zero_warn("the position table was interpolated to another grid: this brings a 2D prior back "
                        "that learned positions do not have (position_prior: interpolated)")
-    result = net.load_state_dict({k: v for k, v in weights.items() if _fits(k, v, own)}, strict=False)
+    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    projection = f"{prefix}patch_embed.proj.weight"
+    kernel = (backbone.width, backbone.channels, backbone.patch_size, backbone.patch_size)
+    if projection in own and projection in weights and weights[projection].shape == kernel:
+        fitting[projection] = weights[projection]  # a convolution's, which the patch embedding reshapes
+    result = net.load_state_dict(fitting, strict=False)
     report["loaded"] = [key for key in own if key not in result.missing_keys]
     report["missing"] = list(result.missing_keys)
     report["unexpected"] = [key for key in weights if key not in own or key in result.missing_keys]
@@ -82,11 +89,6 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     if report["resampled"]:
         report["position_prior"] = "interpolated"
     return report
-
-
-def _fits(key: str, value: Tensor, own: dict[str, Tensor]) -> bool:
-    # A convolution's patch weight (D, C, p, p) is reshaped by the patch embedding on loading.
-    return key in own and (own[key].shape == value.shape or (value.ndim == 4 and value.numel() == own[key].numel()))
 
 
 def _resampled(table: Tensor, backbone: VisionTransformer) -> Tensor:

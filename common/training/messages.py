@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from common.errors import InputError
-from common.training.run import flatten
+from common.identity import flatten
 
 
 def given_configs(argv: list[str]) -> list[Path]:
@@ -118,9 +117,8 @@ def _typed_keys(argv: list[str]) -> list[tuple[str, str]]:
     return keys + [(key.removesuffix("+").replace(".init_args", ""), "the command line") for key in options]
 
 
-def explain(message: str, error: Exception | None, argv: list[str] | None = None) -> str:
+def explain(message: str, error: Exception | None, argv: list[str]) -> str:
     """One line for the parser's message: a misspelt key, a missing file, or a value of the wrong type."""
-    argv = sys.argv if argv is None else argv
     cause = error
     while cause is not None:
         if isinstance(cause, InputError):
@@ -130,6 +128,8 @@ def explain(message: str, error: Exception | None, argv: list[str] | None = None
         problem = _unreadable(path)
         if problem:
             return problem
+    if "arguments are required" in message and not given_configs(argv):
+        return "--config: name a config file of the study, as in --config STUDY/configs/NAME.yaml"
     return _misspelt(argv) or _condensed(message)
 
 
@@ -155,7 +155,8 @@ def _misspelt(argv: list[str]) -> str | None:
     for key, where in _typed_keys(argv):
         if key in known or key.endswith("class_path") or any(k.startswith(f"{key}.") for k in known):
             continue
-        if any(key.startswith(f"{k}.") for k in known if k not in ("model", "data", "trainer")):
+        parents = {k for k in known if key.startswith(f"{k}.")}
+        if any(not any(k.startswith(f"{parent}.") for k in known) for parent in parents):
             continue  # inside a value that is itself a class or a dict
         near = difflib.get_close_matches(key, known, 1, 0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -163,16 +164,16 @@ def _misspelt(argv: list[str]) -> str | None:
     return None
 
 
-_NOISE = re.compile(r"\s*(Parser key|Problem with given class_path|Does not validate against any of the Union|"
-                    r"Given value type|Subtypes:|- Expected|Value:|tip:).*")
-
-
 def _condensed(message: str) -> str:
-    """The telling lines of jsonargparse's nested report: the key it starts from and its innermost reasons."""
-    key = re.search(r'[Pp]arser key "([^"]+)"', message)
-    lines = [line.strip(" -") for line in message.splitlines()]
-    reasons = [line for line in lines if line and not _NOISE.match(line)]
-    inner = re.findall(r"(?:Expected .*|Parser key .*|Invalid .*|invalid .*|Given value: .*)", message)
-    text = "; ".join(dict.fromkeys(inner[-2:] or reasons[-2:] or lines[:1]))
-    return f"{key.group(1)}: {text}" if key and key.group(1) not in text else text
-
+    """jsonargparse's nested report as one line: the whole key, the value, what would be right."""
+    key = ".".join(re.findall(r'[Pp]arser key "([^"]+)"', message))
+    if not key:
+        return " ".join(message.split())
+    problem = re.findall(r"Problem with given class_path '([^']+)':\s*(.*)", message)
+    if problem and not problem[-1][1].startswith("Parser key"):
+        return f"{key}: {problem[-1][0]}: {problem[-1][1]}"
+    values = re.findall(r"(?:Got|Given) value: (?!NestedArg)(.+)", message)
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
+    expected = [re.sub(r"<class '([^']+)'>|typing\.", r"\1", kind) for kind in dict.fromkeys(expected)]
+    kinds = [kind for kind in expected if kind != "NoneType" and not kind.startswith("path but")]
+    return f"{key}: {values[-1] if values else 'this value'} is not {' or '.join(kinds) or 'accepted'}"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from common.data.loader import GlobalBatchData, rescale_progress
@@ -100,6 +101,19 @@ class Experiment(L.LightningModule):
         optimizer = adamw(self.net, self.optim, self.optim.peak_lr(data.global_batch))
         factor = self.optim.factor(data.global_batch, data.steps_per_epoch, self.trainer.max_epochs)
         return [optimizer], [lr_schedule(optimizer, factor)]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning, which under mixed precision refuses a fused optimiser though only fp16's scaler forbids it."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if gradient_clip_val and not scaled and gradient_clip_algorithm in (None, "norm"):
+            nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def draws(self, stream: str, batch: dict[str, Tensor], n: int) -> Tensor:
         """Uniform draws (B, n) for this optimiser step, by each image's place in the global batch."""

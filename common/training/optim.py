@@ -51,6 +51,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"optim.{name}: {value} is not a finite number from 0 up")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optim.betas: {list(self.betas)} are not both in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"optim.ema: {self.ema} is not in [0, 1); leave it out to turn the average off")
         if not 0 < self.layer_decay <= 1:
@@ -64,7 +66,10 @@ class Recipe:
         warmup, total = self.warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
         if warmup > total:
             raise InputError(f"optim.warmup_epochs: {self.warmup_epochs} is longer than the run of {epochs} epochs")
-        floor = self.min_lr / self.peak_lr(global_batch) if self.min_lr else 0.0
+        peak = self.peak_lr(global_batch)
+        if self.min_lr > peak:
+            raise InputError(f"optim.min_lr: {self.min_lr} is above the peak learning rate {peak}")
+        floor = self.min_lr / peak if peak else 0.0
 
         def factor(step: int) -> float:
             if step < warmup:

@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,9 @@ import torch
 import yaml
 
 from common.errors import InputError
+from common.identity import config_hash, covered, flatten
 from common.training.curves import Curves
 from common.training.recipe import effective_recipe, print_recipe
-
-# What a result depends on. Devices, nodes, workers, logging and paths do not belong to it.
-COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
-COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
-                   "overfit_batches")
-NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
-               "data.max_unreadable")
 
 # The same in every study, since TensorBoard takes the columns of HPARAMS from one run's summary.
 HEADLINES = (
@@ -36,32 +29,6 @@ HEADLINES = (
     "test/fid", "test/sfid", "test/inception_score", "test/precision", "test/recall",
 )
 HPARAMS = ("study", "dataset", "size", "patch_size", "position", "pool", "lr", "batch_size", "epochs", "seed")
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys, as a user types them: without `init_args`."""
-
-    def items(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            path = prefix if key == "init_args" else f"{prefix}.{key}" if prefix else key
-            if isinstance(value, dict) and value:
-                yield from items(value, path)
-            else:
-                yield path, value
-
-    return dict(items(config, prefix))
-
-
-def covered(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that its results depend on, flattened; what is unset is left out."""
-    flat = flatten(config)
-    names = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
-    return {key: value for key, value in flat.items()
-            if value is not None and (key.startswith(COVERED) or key in names) and key not in NOT_COVERED}
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(covered(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -116,7 +83,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def discard(folder: Path) -> None:
     """Removes what a run left: the files of the contract, and nothing that the user put there."""
-    for name in ("config.yaml", "results.json", "predictions.csv", "lock"):
+    for name in ("config.yaml", "hparams.yaml", "results.json", "predictions.csv", "lock"):
         (folder / name).unlink(missing_ok=True)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
@@ -146,10 +113,12 @@ class RunFolder(L.Callback):
         self.results: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self.seconds = 0.0
+        self._config_written = (folder / "config.yaml").exists()
         self._clock = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics, "seconds": self.seconds + time.perf_counter() - self._clock}
+        seconds = self.seconds + time.perf_counter() - self._clock
+        return {"metrics": self.metrics | self.curves.values, "seconds": seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.metrics, self.seconds = dict(state["metrics"]), state["seconds"]
@@ -174,7 +143,8 @@ class RunFolder(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
         # Not before the first batch went through: a start that failed must not block the corrected command.
-        if trainer.is_global_zero and not (self.folder / "config.yaml").exists():
+        if trainer.is_global_zero and not self._config_written:
+            self._config_written = True
             write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             self._write(trainer, "running")
 
@@ -183,7 +153,7 @@ class RunFolder(L.Callback):
             self._collect(trainer, module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer, "running")
+        self._write(trainer, "running", epoch=trainer.current_epoch + 1)  # Lightning counts it after this hook
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and not self.results:  # killed between its last checkpoint and here
@@ -230,7 +200,7 @@ class RunFolder(L.Callback):
             "headline": f"val/{module.headline}",
             "higher_is_better": module.higher_is_better,
             "parameters": sum(p.numel() for p in module.net.parameters()),
-            "weights": "raw" if module.average is None else "ema",
+            "weights": "raw" if module.optim.ema is None else "ema",
             "versions": {name: version(name) for name in ("torch", "lightning", "timm", "torchmetrics")}
             | {"python": platform.python_version()},
             "hardware": hardware(trainer),
@@ -239,18 +209,18 @@ class RunFolder(L.Callback):
         }
 
     def _write(self, trainer: L.Trainer, status: str, **more: Any) -> None:
-        if not trainer.is_global_zero or not (self.folder / "config.yaml").exists():
+        if not trainer.is_global_zero or not self._config_written:
             return
         step = trainer.global_step
         results = {
             **self.results,
             "status": status,
-            **more,
             "metrics": self.metrics | self.curves.values,
             "epoch": trainer.current_epoch,
             "step": step,
             "images_seen": step * self.results.get("batch_size", 0),
             "train_seconds": round(self.seconds + time.perf_counter() - self._clock, 1),
+            **more,
         }
         write_atomically(self.folder / "results.json", json.dumps(results, indent=2))
 

@@ -1,0 +1,1 @@
+"""What a training step costs, side by side with the obvious alternative (`python -m common.benchmark`)."""

@@ -1,0 +1,99 @@
+"""What a training step costs, on the CPU; a GPU is not used.
+
+  step     forward, backward and AdamW of our VisionTransformer against timm's of the same size, weights and numerics
+  trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: null model
+  augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
+
+The sides take turns, and each figure is the median over rounds of what was measured side by side. The result is
+Markdown with command, hardware and versions, ready for RESULTS.md; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+import torch
+
+from common.command import run_command
+from common.errors import InputError
+
+MODES = ("step", "trainer", "augment")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Markdown whose columns are aligned in the source as well."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for cells in (columns, ["-" * width for width in widths], *rows):
+        yield f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
+
+
+def circumstances(arguments: Sequence[str], rounds: int) -> Iterator[str]:
+    """Command, hardware, versions: what a figure means nothing without."""
+    from common.training.run import commit, hardware
+    from common.training.trainer import Trainer
+
+    cpu = hardware(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "lightning"))
+    yield f"`{shlex.join(['python', '-m', 'common.benchmark', *arguments])}`  "
+    yield f"{cpu}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}; " \
+          f"commit {commit()}; medians over {rounds} rounds"
+
+
+def results(options: argparse.Namespace) -> Iterator[str]:
+    # The modes are imported where they run: Lightning and timm cost seconds.
+    if options.mode in ("step", "all"):
+        from common.benchmark import training_step
+
+        rows = [training_step.measure(case, options.rounds)
+                for case in training_step.cases(options.depth, options.batch)]
+        yield from ("", "Training step (forward, backward, AdamW):", "", *table(training_step.COLUMNS, rows))
+    if options.mode in ("trainer", "all"):
+        from common.benchmark import trainer_cost
+
+        rows = trainer_cost.measure(options.steps, options.rounds)
+        yield from ("", f"Null model, {options.steps} steps:", "", *table(trainer_cost.COLUMNS, rows))
+    if options.mode in ("augment", "all"):
+        from common.benchmark import augmentation
+
+        rows = augmentation.measure(options.images, options.rounds)
+        yield from ("", f"Augmentation of {options.images} images, one thread:", "", *table(augmentation.COLUMNS, rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m common.benchmark", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", choices=[*MODES, "all"], default="all", help="default: all")
+    for name, default, text in [
+        ("rounds", 15, "pairs that a median is taken over"),
+        ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
+        ("depth", 2, "step: blocks of the model at CIFAR's size; ViT-Tiny has 12"),
+        ("batch", None, "step: images; default 128 at 8x8 pixels and 8 at 32x32"),
+        ("steps", 2000, "trainer: steps of each round"),
+        ("images", 2048, "augment: images of each round"),
+    ]:
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
+                            help=text + (f" (default {default})" if default else ""))
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    for name, least in [("rounds", 1), ("threads", 1), ("depth", 1), ("batch", 1), ("steps", 2), ("images", 1)]:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: give a whole number, {least} or more")
+    torch.set_num_threads(options.threads)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # Lightning's tips at each of many short runs
+    for line in [*circumstances(arguments, options.rounds), *results(options)]:
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,48 @@
+"""Timing on a machine that others use too: sides take turns, and only what ran side by side is compared."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+
+def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Calls each side once a round: what it returned, a time, per side and round.
+
+    Every round begins with another side, so that none always runs on the caches that the same other side left.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(sides[name]())
+    return times
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        values = list(values)
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(statistics.median(values), low, high)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+def ratios(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    """How many times as fast as the reference, from the pairs of the rounds: above 1 is faster."""
+    return Spread.of(other / own for own, other in zip(times, reference, strict=True))
+
+
+def differences(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    """How much longer than the reference, from the pairs of the rounds."""
+    return Spread.of(own - other for own, other in zip(times, reference, strict=True))

@@ -1,0 +1,111 @@
+"""The training step of our VisionTransformer against timm's of the same size, weights, batch and numerics."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+
+from common.benchmark.interleaving import interleaved, ratios
+from common.model import SIZES, VisionTransformer
+from common.training.optim import Recipe, adamw
+
+RECIPE = Recipe(lr=1e-4)
+WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
+COLUMNS = ("model", "image", "precision", "batch", "ours ms", "timm ms", "ours images/s", "timm images/s",
+           "times as fast (quartiles)")
+
+
+class Case(NamedTuple):
+    """A model, its images (side, channels), and the numerics of its step."""
+
+    size: str
+    depth: int
+    patch_size: int
+    side: int
+    channels: int
+    classes: int
+    batch: int
+    precision: Literal["fp32", "bf16"]
+
+
+def cases(depth: int, batch: int | None = None) -> list[Case]:
+    """Digits as in the demo, and CIFAR-10 on `depth` blocks, each on pixels and on patches.
+
+    Args:
+        batch: images in a step; by default the demo's 128, and 8 at CIFAR's size, where 1024 tokens each are work
+            enough.
+    """
+    patches = (1, 2)
+    digits = [Case("nano", SIZES["nano"].depth, patch, 8, 1, 10, batch or 128, "fp32") for patch in patches]
+    cifar = [Case("tiny", depth, patch, 32, 3, 10, batch or 8, precision)
+             for precision in ("fp32", "bf16") for patch in patches]
+    return digits + cifar
+
+
+def models(case: Case) -> dict[str, nn.Module]:
+    """Our model and timm's, with the same weights."""
+    torch.manual_seed(0)
+    ours = VisionTransformer(case.side, case.patch_size, case.channels, case.classes, case.size, depth=case.depth)
+    timm = TimmVisionTransformer(
+        img_size=case.side, patch_size=case.patch_size, in_chans=case.channels, num_classes=case.classes,
+        embed_dim=ours.width, depth=ours.depth, num_heads=ours.heads,
+    )  # fmt: skip
+    ours.load_state_dict(timm.state_dict())
+    return {"ours": ours, "timm": timm}
+
+
+def batch_of(case: Case) -> tuple[Tensor, Tensor]:
+    """Random images (B, C, H, W) and labels (B,)."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(case.batch, case.channels, case.side, case.side, generator=generator)
+    return images, torch.randint(case.classes, (case.batch,), generator=generator)
+
+
+def training_step(net: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Callable[[], float]:
+    """A step of forward, backward and AdamW, as the suite takes it; each call returns its loss."""
+    optimizer = adamw(net, RECIPE, RECIPE.lr)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        # Without the cache of casts, as Lightning's bf16-mixed does.
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            logits = net(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def timed(step: Callable[[], float]) -> Callable[[], float]:
+    """The seconds of a step instead of its loss."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def measure(case: Case, rounds: int) -> tuple[str, ...]:
+    """A row of the table; single steps of the two models take turns."""
+    steps = {name: training_step(net, *batch_of(case), case.precision) for name, net in models(case).items()}
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    times = interleaved({name: timed(step) for name, step in steps.items()}, rounds)
+    ours, timm = (statistics.median(times[name]) for name in ("ours", "timm"))
+    return (
+        f"{case.size}/{case.patch_size}, {case.depth} blocks", f"{case.side}x{case.side}x{case.channels}",
+        case.precision, str(case.batch), f"{1e3 * ours:.1f}", f"{1e3 * timm:.1f}",
+        f"{case.batch / ours:,.0f}", f"{case.batch / timm:,.0f}", f"{ratios(times['ours'], times['timm']):.3f}",
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""How every command ends: an exit code, one line where something is wrong, a traceback only when asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from common.errors import InputError
+
+
+def run_command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Calls `main` with the command line and leaves with its exit code: 2 for a user's mistake, 1 for any other fault.
+
+    `--debug`, anywhere on the command line, shows the traceback. Of several ranks the first alone speaks.
+    """
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        code = main([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader (head, less) has left; silence the interpreter's own last flush as well
+        sys.stderr.close()
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        mistake = _mistake(error)
+        message = f"error: {_line(mistake)}" if mistake else f"failed: {_line(error)} (--debug shows where)"
+        if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
+            print(message, file=sys.stderr)
+        code = 2 if mistake else 1
+    sys.exit(code)
+
+
+def _mistake(error: BaseException | None) -> InputError | None:
+    """The user's mistake behind an error: parsers and loader processes wrap it."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _line(error: BaseException) -> str:
+    text = str(error)
+    if "Original Traceback" in text:  # from a loader process: its own last line is the error
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
+    elif not isinstance(error, InputError):
+        text = "".join(traceback.format_exception_only(error))
+    return " ".join(text.split())

@@ -1,0 +1,145 @@
+"""Arms side by side: means over seeds, the difference to a baseline, and what may not be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import InputError
+from common.runs import Group, Run, digits, group_runs
+
+BUDGET = ("dataset", "epochs", "batch_size")  # two arms that differ here answer another question
+MARK = "†"
+_DESCRIBED = ("study", "dataset", "size", "patch_size", "position", "pool", "lr", "epochs", "batch_size", "parameters")
+_LOWER_IS_BETTER = ("loss", "rmse", "rae", "log10", "fid", "sfid", "fd")
+_HIGHER_IS_BETTER = ("acc1", "acc5", "delta1", "delta2", "delta3", "inception", "precision", "recall")
+_SHOWN = ("acc1", "acc5", "rmse", "rae", "fid", "sfid", "inception_score", "precision", "recall")
+
+
+class Cell(NamedTuple):
+    text: str
+    best: bool = False
+
+
+class Comparison:
+    """Groups of runs under the same metrics.
+
+    Args:
+        metrics: tags; by default the headline metrics that every group has, or each group's own where none is shared.
+        baseline: a group's label, or the name of one of its runs; by default the first group of the largest patch.
+        labels: names of the arms by run folder.
+    """
+
+    def __init__(self, runs: Iterable[Run], metrics: Sequence[str] = (), baseline: str | None = None,
+                 labels: Mapping[Path, str] | None = None) -> None:
+        self.groups, self.left_out = group_runs(runs, labels)
+        self.baseline = self._baseline(baseline)
+        self.metrics = list(metrics) or self._shared_metrics()
+        measured = {tag for group in self.groups for run in group.runs for tag in run.results["metrics"]}
+        for tag in metrics:
+            if self.groups and tag not in measured:
+                raise InputError(f"--metric {tag}: no finished run has it; there is {', '.join(sorted(measured))}")
+
+    def _baseline(self, name: str | None) -> Group | None:
+        if name is not None:
+            for group in self.groups:
+                if name == group.label or name in [run.name for run in group.runs]:
+                    return group
+            known = ", ".join(group.label for group in self.groups) or "no finished run"
+            raise InputError(f"--baseline {name}: not among the finished runs; there is {known}")
+        return max(self.groups, key=lambda group: group["patch_size"] or 0, default=None)
+
+    def _shared_metrics(self) -> list[str]:
+        candidates = [f"{split}/{name}" for split in ("val", "test") for name in _SHOWN]
+        shared = [tag for tag in candidates if self.groups and all(group.statistic(tag) for group in self.groups)]
+        return shared or list(dict.fromkeys(group["headline"] for group in self.groups if group["headline"]))
+
+    def higher_is_better(self, tag: str) -> bool | None:
+        """None where nothing says which way is better."""
+        for group in self.groups:
+            if group["headline"] == tag and group["higher_is_better"] is not None:
+                return group["higher_is_better"]
+        name = tag.rsplit("/", 1)[-1].split("_")[0]  # rmse_pooled is an rmse
+        return True if name in _HIGHER_IS_BETTER else False if name in _LOWER_IS_BETTER else None
+
+    def mark(self, group: Group) -> str:
+        """How the data or the budget of a group differ from the baseline's; empty where they are the same."""
+        return ", ".join(f"{key} {group[key]} instead of {self.baseline[key]}" for key in BUDGET
+                         if group[key] != self.baseline[key])
+
+    def difference(self, group: Group, tag: str) -> float | None:
+        """Mean of the group minus the baseline's."""
+        ours, theirs = group.statistic(tag), self.baseline.statistic(tag)
+        return ours.mean - theirs.mean if ours and theirs and group is not self.baseline else None
+
+    def best(self, tag: str) -> list[Group]:
+        """The groups of the best mean, among those with the baseline's data and budget; none where two never met."""
+        means = {group.label: group.statistic(tag).mean for group in self.groups
+                 if group.statistic(tag) and not self.mark(group)}
+        direction = self.higher_is_better(tag)
+        if len(means) < 2 or direction is None:
+            return []
+        value = max(means.values()) if direction else min(means.values())
+        return [group for group in self.groups if means.get(group.label) == value]
+
+    # As a table
+
+    def header(self) -> list[str]:
+        return ["run", "data", "epochs x batch", "parameters", "time",
+                *(title for tag in self.metrics for title in (tag, "difference"))]
+
+    def rows(self) -> list[list[Cell]]:
+        """One row per group, then one per run that enters no mean."""
+        best = {tag: self.best(tag) for tag in self.metrics}
+        rows = [self._row(group, best) for group in self.groups]
+        for run in self.left_out:
+            row = [run.name, run.results.get("dataset") or "-", run.status]
+            rows.append([Cell(text) for text in row + ["-"] * (len(self.header()) - len(row))])
+        return rows
+
+    def _row(self, group: Group, best: dict[str, list[Group]]) -> list[Cell]:
+        mark = f" {MARK}" if self.mark(group) else ""
+        seconds = [run.results.get("train_seconds") for run in group.runs]
+        cells = [Cell(group.label + (" (baseline)" if group is self.baseline else mark)),
+                 Cell(str(group["dataset"])), Cell(f"{group['epochs']} x {group['batch_size']}"),
+                 Cell(f"{group['parameters']:,}" if group["parameters"] else "-"),
+                 Cell(_duration(sum(seconds) / len(seconds)) if all(seconds) else "-")]
+        for tag in self.metrics:
+            value, difference = group.statistic(tag), self.difference(group, tag)
+            decimals = digits(tag, value and value.mean, difference)
+            cells.append(Cell(value.text(decimals) if value else "-", group in best[tag]))
+            cells.append(Cell(f"{difference:+.{decimals}f}{mark}" if difference is not None else "-"))
+        return cells
+
+    def notes(self) -> list[str]:
+        """What a reader of the table must know."""
+        lines = ["mean ± standard deviation (number of seeds); "
+                 f"differences to {self.baseline.label}" if self.baseline else "no finished run"]
+        lines += [f"{MARK} {group.label}: {self.mark(group)}" for group in self.groups if self.mark(group)]
+        return lines + [f"not averaged in: {run.name}, {run.status} {run.problem}" for run in self.left_out]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The same for programs: a flat record per group, then one per run that enters no mean."""
+        best = {tag: self.best(tag) for tag in self.metrics}
+        records: list[dict[str, Any]] = []
+        for group in self.groups:
+            record = {"run": group.label, "status": "finished", "seeds": " ".join(str(run.seed) for run in group.runs),
+                      "baseline": group is self.baseline, "not_comparable": self.mark(group),
+                      **{key: group[key] for key in _DESCRIBED}}
+            for tag in self.metrics:
+                value = group.statistic(tag)
+                record |= {tag: value and value.mean, f"{tag} std": value and value.std, f"{tag} n": value and value.n,
+                           f"{tag} difference": self.difference(group, tag), f"{tag} best": group in best[tag]}
+            records.append(record)
+        for run in self.left_out:
+            records.append({"run": run.name, "status": run.status, "problem": run.problem,
+                            "seeds": str(run.results.get("seed", "")),
+                            **{key: run.results.get(key) for key in _DESCRIBED}})
+        return records
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"

@@ -1,0 +1,126 @@
+"""A training recipe for images, and its execution: in batches on the training device, or image by image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.data import colour
+from common.data.crop import BOX_DRAWS, Boxes, Interpolation, crop, crop_one, fit, fit_one, random_boxes
+from common.errors import InputError
+from common.randomness import uniform
+
+# Which of an image's uniform draws decides what. The numbering is part of every run's randomness: only append to it.
+FLIP, JITTER, FACTORS, ORDER, GREY, DRAWS = (
+    BOX_DRAWS, BOX_DRAWS + 1, slice(BOX_DRAWS + 2, BOX_DRAWS + 6), slice(BOX_DRAWS + 6, BOX_DRAWS + 10),
+    BOX_DRAWS + 10, BOX_DRAWS + 11,
+)  # fmt: skip
+PIECE = 128
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a training image; by default nothing but what evaluation does, too.
+
+    Every image has its own parameters, a function of (seed, epoch, index in the data set).
+
+    Args:
+        crop_scale: the crop's share of the image's area, low and high; null takes the whole image, its short side
+            resized to fit, and its centre.
+        crop_ratio: the crop's width / height, low and high.
+        interpolation: of the crop; antialiased.
+        flip: probability of mirroring left and right.
+        jitter: how far brightness, contrast and saturation may leave 1 and hue may leave 0 (half a circle is 0.5); the
+            four come in an order drawn for each image.
+        jitter_probability: how often an image is jittered at all.
+        grayscale: probability of losing all colour.
+        rand_augment: timm's description of a RandAugment, such as rand-m9-mstd0.5-inc1; image by image, in PIL, so the
+            loader's processes do it.
+    """
+
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Interpolation = "bilinear"
+    flip: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter_probability: float = 1.0
+    grayscale: float = 0.0
+    rand_augment: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter_probability", "grayscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"augment.{name}: {getattr(self, name)} is not a probability between 0 and 1")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise InputError(f"augment.crop_scale: {list(self.crop_scale)} is not a range of shares in (0, 1]")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise InputError(f"augment.crop_ratio: {list(self.crop_ratio)} is not a range of positive ratios")
+        if min(self.jitter) < 0 or self.jitter[colour.HUE] > 0.5:
+            raise InputError(f"augment.jitter: {list(self.jitter)} must not be negative, and its hue at most 0.5")
+
+    @property
+    def needs_colour(self) -> bool:
+        return any(self.jitter) or self.grayscale > 0 or self.rand_augment is not None
+
+    def draws(self, seed: int, epoch: int | Tensor, index: int | Tensor) -> Tensor:
+        """All randomness of images, uniform (B, DRAWS); RandAugment alone draws for itself."""
+        return uniform("augment", seed, epoch, index, n=DRAWS)
+
+    def place(self, images: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
+        """Crop and flip of float images (B, C, h, w) in [0, 1]: (B, C, H, W)."""
+        flip = draws[:, FLIP] < self.flip if self.flip else None
+        if self.crop_scale is None:
+            images = fit(images, size, 1.0, self.interpolation, flip)
+        else:
+            images = crop(images, self._boxes(draws, images), size, self.interpolation, flip)
+        return images.clamp(0, 1) if self.interpolation == "bicubic" else images
+
+    def place_one(self, image: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
+        """Crop and flip of one uint8 image (C, h, w), whose `draws` are (DRAWS,): uint8 (C, H, W)."""
+        if self.crop_scale is None:
+            image = fit_one(image, size, 1.0, self.interpolation)
+        else:
+            box = self._boxes(draws[None], image)
+            image = crop_one(image, tuple(int(side) for side in box), size, self.interpolation)
+        return image.flip(-1) if draws[FLIP] < self.flip else image
+
+    def _boxes(self, draws: Tensor, images: Tensor) -> Boxes:
+        return random_boxes(draws[:, :BOX_DRAWS], *images.shape[-2:], self.crop_scale, self.crop_ratio)
+
+    def colour(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Jitter of float images (B, 3, H, W) in [0, 1]."""
+        if not any(self.jitter):
+            return images
+        reach = images.new_tensor(self.jitter)
+        neutral = images.new_tensor([1.0, 1.0, 1.0, 0.0])
+        low = (neutral - reach).clamp(images.new_tensor([0.0, 0.0, 0.0, -0.5]))
+        factors = low + (neutral + reach - low) * draws[:, FACTORS]
+        jittered = draws[:, JITTER, None] < self.jitter_probability
+        factors = torch.where(jittered, factors, neutral)
+        return colour.jitter(images, factors, draws[:, ORDER].argsort(1))
+
+    def greyed(self, draws: Tensor) -> Tensor | None:
+        """Which images lose their colour, bool (B,)."""
+        return draws[:, GREY] < self.grayscale if self.grayscale else None
+
+    def batch(
+        self, images: Tensor, draws: Tensor, size: tuple[int, int] | None, mean: Tensor, std: Tensor
+    ) -> Tensor:
+        """uint8 images (B, C, h, w) to float (B, C, H, W), augmented and normalised; `size` None: placed already."""
+        if images.device.type == "cpu":  # in pieces that stay in a core's cache: 1.6 times as fast as 1024 at once
+            pairs = zip(images.split(PIECE), draws.split(PIECE), strict=True)
+            return torch.cat([self._batch(*pair, size, mean, std) for pair in pairs])
+        return self._batch(images, draws, size, mean, std)
+
+    def _batch(
+        self, images: Tensor, draws: Tensor, size: tuple[int, int] | None, mean: Tensor, std: Tensor
+    ) -> Tensor:
+        images = images.float() / 255
+        if size is not None:
+            images = self.place(images, draws, size)
+        return colour.normalised(self.colour(images, draws), mean, std, self.greyed(draws))
+
+
+PLAIN = Augment()

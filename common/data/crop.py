@@ -1,0 +1,146 @@
+"""Cropping and resizing of batches, every image by a box of its own, as two matrix products.
+
+A resized row is a weighted sum of rows of the box, so a crop is `rows @ image @ columns.T`; mirroring permutes the
+columns' weights and costs nothing. The weights are those of torchvision's and PIL's antialiased filters: their support
+widens with the scale where a box shrinks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Interpolation = Literal["bilinear", "bicubic"]
+TRIES = 10  # of torchvision's RandomResizedCrop, before it falls back to a central box
+BOX_DRAWS = 2 * TRIES + 2
+
+
+class Boxes(NamedTuple):
+    """Where crops lie, in whole pixels: (B,) each."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def random_boxes(
+    draws: Tensor, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Boxes:
+    """Boxes in images of (height, width) by the rule of torchvision's RandomResizedCrop, from `draws` (B, BOX_DRAWS).
+
+    The area's share is uniform on `scale`, the logarithm of width/height uniform on that of `ratio`; the first of ten
+    tries that fits is placed uniformly. Where none fits, the largest central box whose shape is within `ratio`.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    shape = (low + (high - low) * draws[:, TRIES : 2 * TRIES]).exp()
+    widths, heights = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h = widths.gather(1, first)[:, 0], heights.gather(1, first)[:, 0]
+    top = (draws[:, -2] * (height - h + 1)).floor()
+    left = (draws[:, -1] * (width - w + 1)).floor()
+    found = fits.any(1)
+    largest = round(min(height, width / ratio[0])), round(min(width, height * ratio[1]))
+    central = (height - largest[0]) // 2, (width - largest[1]) // 2, *largest
+    return Boxes(*(torch.where(found, x, c).long() for x, c in zip((top, left, h, w), central, strict=True)))
+
+
+def _filter(x: Tensor, interpolation: Interpolation) -> Tensor:
+    x = x.abs()
+    if interpolation == "bilinear":
+        return (1 - x).clamp_(min=0)
+    # Keys' cubic with a = -0.5, PIL's choice: one cubic on [0, 2], and what differs from it on [0, 1].
+    return (1 - x).clamp(min=0).square() * (2 * x - 1) - (2 - x).clamp(min=0).square() * (x - 1) / 2
+
+
+def weights(
+    start: Tensor, length: Tensor, source: int, size: int, interpolation: Interpolation, flip: Tensor | None = None
+) -> Tensor:
+    """What each of `size` resized pixels takes of `source` pixels of which `length` count from `start`.
+
+    Returns (B, size, source); `flip` (B,) bool mirrors the resized pixels.
+    """
+    place = torch.arange(size, device=start.device).expand(len(start), size)
+    if flip is not None:
+        place = torch.where(flip[:, None], size - 1 - place, place)
+    scale = (length / size)[:, None]
+    centre = (start[:, None] + (place + 0.5) * scale)[:, :, None]
+    pixel = torch.arange(source, device=start.device) + 0.5
+    x = _filter((pixel - centre) / scale.clamp(min=1)[:, :, None], interpolation)
+    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
+    x = x * inside[:, None]
+    return x / x.sum(-1, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Images float (B, C, h, w) by weights (B or 1, H, h) and (B or 1, W, w): (B, C, H, W)."""
+    batch, channels, height, width = images.shape
+    if len(columns) == 1:
+        return rows @ (images @ columns[0].mT)
+    narrow = torch.bmm(images.reshape(batch, channels * height, width), columns.mT)
+    return rows[:, None] @ narrow.view(batch, channels, height, -1)
+
+
+def crop(
+    images: Tensor, boxes: Boxes, size: tuple[int, int], interpolation: Interpolation, flip: Tensor | None = None
+) -> Tensor:
+    """The boxes of float images (B, C, h, w), resized to `size`: (B, C, H, W). Bicubic may leave the images' range."""
+    rows = weights(boxes.top, boxes.height, images.shape[-2], size[0], interpolation)
+    columns = weights(boxes.left, boxes.width, images.shape[-1], size[1], interpolation, flip)
+    return resample(images, rows, columns)
+
+
+def fitted(height: int, width: int, size: tuple[int, int], share: float) -> tuple[int, int]:
+    """What (height, width) is resized to, of which the central `size` remains, `share` of the side that binds.
+
+    For square sizes the rule is the usual one: the short side becomes int(size / share), the long side is rounded down.
+    """
+    high, wide = (int(side / share) for side in size)
+    if high * width >= wide * height:
+        return high, high * width // height
+    return wide * height // width, wide
+
+
+def fit(
+    images: Tensor, size: tuple[int, int], share: float, interpolation: Interpolation, flip: Tensor | None = None
+) -> Tensor:
+    """Whole float images (B, C, h, w) resized as `fitted` says and cropped centrally to `size`: (B, C, H, W)."""
+    source = images.shape[-2:]
+    resized = fitted(*source, size, share)
+    if resized == tuple(source) and flip is None:
+        top, left = _margins(resized, size)
+        return images[..., top : top + size[0], left : left + size[1]]
+    sides = []
+    for pixels, new, kept, margin in zip(source, resized, size, _margins(resized, size), strict=True):
+        whole = torch.tensor([[0.0], [pixels]], device=images.device)
+        sides.append(weights(*whole, pixels, new, interpolation)[:, margin : margin + kept])
+    rows, columns = sides
+    if flip is not None:
+        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return resample(images, rows, columns)
+
+
+def _margins(resized: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    return round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
+
+
+def crop_one(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int], how: Interpolation) -> Tensor:
+    """The same crop of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import resized_crop
+
+    return resized_crop(image, *box, list(size), InterpolationMode(how), antialias=True)
+
+
+def fit_one(image: Tensor, size: tuple[int, int], share: float, how: Interpolation) -> Tensor:
+    """The same fit of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    resized = fitted(*image.shape[-2:], size, share)
+    return center_crop(resize(image, list(resized), InterpolationMode(how), antialias=True), list(size))

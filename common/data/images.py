@@ -1,0 +1,158 @@
+"""The LightningDataModule of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data.augment import PLAIN, Augment
+from common.data.colour import normalised
+from common.data.crop import Interpolation, fit
+from common.data.folders import SUFFIXES, decode, is_image
+from common.data.inventory import describe
+from common.data.loader import GlobalBatchData
+from common.data.preparation import EvaluationPreparation, TrainingPreparation
+from common.data.sets import FileSet, ResidentSet
+from common.data.sources import Source
+from common.errors import InputError
+
+
+class ImageData(GlobalBatchData):
+    """Images of one size (C, H, W) with labels, augmented in training, normalised always.
+
+    A batch is a dict: `image` (B, C, H, W), uint8 as loaded and float after the transfer to the device; int64 (B,)
+    `label`, `index` (in the data set), `place` (in the global batch) and `epoch`. Prediction has no labels, but `file`,
+    the names of the images. Small sources are held in memory and cropped on the device; files are decoded and cropped
+    by the loader's processes. Colour and normalisation are the device's work for both.
+
+    Args:
+        source: where the images come from.
+        image_size: of the model's input, one number or (H, W).
+        root: the folder of all data sets.
+        augment: the training recipe.
+        mean: per channel, or one for all, of images in [0, 1]; the default maps them to [-1, 1].
+        std: likewise.
+        eval_crop: share of the side that the central crop of an evaluation keeps: the image is first resized so that
+            its short side is int(image_size / eval_crop).
+        eval_interpolation: of that resizing; antialiased.
+        max_unreadable: training images that may be unreadable and are replaced; more of them stop the run.
+        images: a folder of images to predict, its subfolders included.
+        **kwargs: see GlobalBatchData.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int | tuple[int, int],
+        batch_size: int,
+        root: str = "data",
+        augment: Augment = PLAIN,
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+        eval_crop: float = 1.0,
+        eval_interpolation: Interpolation = "bicubic",
+        max_unreadable: int = 0,
+        images: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(batch_size, **kwargs)
+        self.source, self.root, self.augment = source, Path(root), augment
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.mean, self.std = self._per_channel("mean", mean), self._per_channel("std", std)
+        self.eval_crop, self.eval_interpolation = eval_crop, eval_interpolation
+        self.max_unreadable, self.images = max_unreadable, images
+        if min(self.image_size) < 1:
+            raise InputError(f"data.image_size: {image_size} is not a positive number of pixels")
+        if min(self.std) <= 0:
+            raise InputError(f"data.std: {list(std)} must be positive")
+        if not 0 < eval_crop <= 1:
+            raise InputError(f"data.eval_crop: {eval_crop} is not a share in (0, 1]")
+        if max_unreadable < 0:
+            raise InputError(f"data.max_unreadable: {max_unreadable} is negative; 0 allows none")
+        if augment.needs_colour and self.channels != 3:
+            raise InputError(f"data.augment: jitter, grayscale and rand_augment need RGB images; {source.name} has "
+                             f"{self.channels} channel(s)")
+
+    def _per_channel(self, name: str, values: Sequence[float]) -> tuple[float, ...]:
+        if len(values) not in (1, self.channels):
+            raise InputError(f"data.{name}: {len(values)} values for {self.channels} channel(s) of {self.source.name}")
+        return tuple(values) * (self.channels // len(values))
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        return self.source.class_names(self.root)
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return self.source.channels
+
+    @property
+    def dataset(self) -> str:
+        """What results are reported on."""
+        return self.source.title(self.root)
+
+    def describe(self) -> list[str]:
+        """Printable lines: classes, and images of each split."""
+        return describe(self.source, self.root)
+
+    def load(self, split: str) -> Dataset:
+        if split == "predict":
+            return FileSet(self._files_to_predict(), None, self.channels, self._preparation(split))
+        pictures = self.source.read(self.root, split)
+        prepare = self._preparation(split)
+        if self.source.resident:
+            return ResidentSet(_in_memory(pictures.images, self.channels), pictures.labels, prepare)
+        return FileSet(*pictures, self.channels, prepare, exact=split != "train", max_unreadable=self.max_unreadable)
+
+    def _files_to_predict(self) -> list[str]:
+        if self.images is None or not Path(self.images).is_dir():
+            raise InputError(f"data.images: {self.images} is not a folder of images to predict")
+        files = sorted(str(path) for path in Path(self.images).rglob("*") if is_image(path))
+        if not files:
+            raise InputError(f"data.images: {self.images} holds no images ({', '.join(SUFFIXES)})")
+        return files
+
+    def _preparation(self, split: str) -> TrainingPreparation | EvaluationPreparation | None:
+        """What a split's images need before they are a batch; None leaves it to the device."""
+        if self.source.resident and split != "predict" and not (split == "train" and self.augment.rand_augment):
+            return None
+        if split == "train":
+            return TrainingPreparation(self.augment, self.image_size, self.trainer.seed, self.mean)
+        return EvaluationPreparation(self.image_size, self.eval_crop, self.eval_interpolation)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        trainer = self.trainer
+        images = batch["image"]
+        mean, std = images.new_tensor(self.mean, dtype=torch.float), images.new_tensor(self.std, dtype=torch.float)
+        if trainer.training:
+            draws = self.augment.draws(trainer.seed, batch["epoch"], batch["index"])
+            size = None if self.sets["train"].prepare else self.image_size
+            images = self.augment.batch(images, draws, size, mean, std)
+        else:
+            images = images.float() / 255
+            if self.source.resident and not trainer.predicting:
+                images = fit(images, self.image_size, self.eval_crop, self.eval_interpolation).clamp(0, 1)
+            images = normalised(images, mean, std)
+        return {**batch, "image": images}
+
+
+def _in_memory(images: Tensor | list[str], channels: int) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    decoded = []
+    for file in images:
+        decoded.append(decode(file, channels))
+        if decoded[-1].shape != decoded[0].shape:
+            sizes = [tuple(image.shape[1:]) for image in (decoded[-1], decoded[0])]
+            raise InputError(f"{file}: {sizes[0]} pixels, where the images before it have {sizes[1]}")
+    return torch.stack(decoded)

@@ -1,0 +1,189 @@
+"""The paper's tables and figures as data: what a study's paper.yaml holds, and the commands that it stands for.
+
+    T3a:                                  # the id: table 3a
+      shows: what the table or figure shows
+      metric: val/acc1                    # what it is judged by
+      paper:                              # what the paper states, all of it optional
+        values: {T/2: 80.0}               # of an arm
+        differences: {T/1 - T/2: 1.5}     # between two arms
+        says: in words
+        unknown: what the paper gives and we do not have
+      arms:                               # name: overrides of the config, as on the command line
+        T/2: {model.size: tiny, model.patch_size: 2}
+        T/1: {model.size: tiny, model.patch_size: 1}
+      scales:
+        paper: {config: cifar100}         # configs/cifar100.yaml of the study
+        demo:
+          config: digits
+          shows: how this scale differs from the paper's
+          set: {trainer.max_epochs: 20}   # overrides of all arms; an arm's own go first
+          arms: {...}                     # in place of the arms above
+          seeds: 3                        # seeds 0, 1, 2; one where it is left out
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import InputError
+
+STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
+ROOT = Path(__file__).parent.parent
+
+_KEYS = {"shows": str, "metric": str, "paper": dict, "arms": dict, "scales": dict}
+_PAPER_KEYS = {"values": dict, "differences": dict, "says": str, "unknown": str}
+_SCALE_KEYS = {"config": str, "shows": str, "set": dict, "arms": dict, "seeds": int}
+
+
+@dataclass(frozen=True)
+class Start:
+    """One run of an exhibit: an arm with a seed."""
+
+    study: str
+    arm: str
+    seed: int
+    config: Path
+    overrides: Mapping[str, Any]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows `python -m STUDY fit`."""
+        options = {**self.overrides, "seed_everything": self.seed}
+        pairs = [(f"--{key}", _typed(value)) for key, value in options.items()]
+        return ["--config", os.path.relpath(self.config), *(word for pair in pairs for word in pair)]
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", self.study, "fit", *self.arguments]
+
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command[1:]])
+
+
+def _typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An exhibit at one cost: `demo` on two cores within minutes, `gpu` within half an hour, `paper` as published."""
+
+    study: str
+    name: str
+    config: Path
+    shows: str
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: int
+
+    def starts(self, seeds: int | None = None) -> list[Start]:
+        """All runs, seed by seed, so that every arm has a first result early."""
+        return [Start(self.study, arm, seed, self.config, overrides)
+                for seed in range(seeds or self.seeds) for arm, overrides in self.arms.items()]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A table or figure of the paper."""
+
+    id: str
+    study: str
+    shows: str
+    metric: str
+    values: Mapping[str, float]
+    differences: Mapping[str, float]
+    says: str
+    unknown: str
+    scales: Mapping[str, Scale]
+
+    def scale(self, name: str) -> Scale:
+        if name not in self.scales:
+            raise InputError(f"--scale {name}: {self.id} has no such scale; it has {', '.join(self.scales)}")
+        return self.scales[name]
+
+    @cached_property
+    def statements(self) -> list[str]:
+        """What the paper states, line by line, with what we do not have called unknown."""
+        lines = [f"{self.metric} of {arm} = {value:g}" for arm, value in self.values.items()]
+        lines += [f"{self.metric}: {pair} = {value:+g}" for pair, value in self.differences.items()]
+        return lines + [self.says] * bool(self.says) + [f"unknown: {self.unknown}"] * bool(self.unknown)
+
+
+def read_exhibits(root: Path = ROOT) -> dict[str, Exhibit]:
+    """Every exhibit of every study below `root` that has a paper.yaml, by id.
+
+    Raises:
+        InputError: names the file and the key of what is malformed.
+    """
+    exhibits: dict[str, Exhibit] = {}
+    for study in STUDIES:
+        path = Path(os.path.relpath(root / study / "paper.yaml"))
+        if not path.is_file():
+            continue
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        for name, entry in _mapping(content, f"{path}").items():
+            if name in exhibits:
+                raise InputError(f"{path}: {name} stands in {exhibits[name].study}/paper.yaml too")
+            exhibits[name] = _exhibit(study, path, str(name), entry)
+    return exhibits
+
+
+def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
+    where = f"{path}: {name}"
+    _check(entry, _KEYS, where, needed=("shows", "metric", "scales"))
+    paper = entry.get("paper", {})
+    _check(paper, _PAPER_KEYS, f"{where}.paper")
+    arms = entry.get("arms", {})
+    named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
+    if not named <= set(arms):
+        raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
+    scales = {scale: _scale(study, path, scale, content, arms, f"{where}.scales.{scale}")
+              for scale, content in entry["scales"].items()}
+    return Exhibit(name, study, entry["shows"], entry["metric"], paper.get("values", {}), paper.get("differences", {}),
+                   paper.get("says", ""), paper.get("unknown", ""), scales)
+
+
+def _scale(study: str, path: Path, name: str, content: Any, arms: dict, where: str) -> Scale:
+    _check(content, _SCALE_KEYS, where, needed=("config",))
+    config = path.parent / "configs" / f"{content['config']}.yaml"
+    if not config.is_file():
+        raise InputError(f"{where}.config: {content['config']}; there is no file {config}")
+    if content.get("seeds", 1) < 1:
+        raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
+    arms = content.get("arms", arms)
+    if not arms:
+        raise InputError(f"{where}: has no arms, and neither has the exhibit")
+    merged = {str(arm): {**content.get("set", {}), **_mapping(overrides, f"{where}.arms.{arm}", empty=True)}
+              for arm, overrides in arms.items()}
+    return Scale(study, name, config, content.get("shows", ""), merged, content.get("seeds", 1))
+
+
+def _mapping(value: Any, where: str, empty: bool = False) -> dict:
+    if value is None and empty:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {value!r} is not a mapping of keys to values")
+    return value
+
+
+def _check(entry: Any, keys: dict[str, type], where: str, needed: tuple[str, ...] = ()) -> None:
+    for key, value in _mapping(entry, where).items():
+        if key not in keys:
+            raise InputError(f"{where}.{key}: unknown key; there is {', '.join(keys)}")
+        if not isinstance(value, keys[key]):
+            raise InputError(f"{where}.{key}: {value!r} should be {keys[key].__name__}")
+    for key in needed:
+        if key not in entry:
+            raise InputError(f"{where}: lacks {key}")

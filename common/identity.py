@@ -1,0 +1,49 @@
+"""Which keys of a config its results depend on: what tells two runs apart, and what makes them repeats of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+# Devices, nodes, workers, logging and paths do not belong to it.
+COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
+COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
+                   "overfit_batches")
+NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
+               "data.max_unreadable")
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """A nested config as dotted keys, as a user types them: without `init_args`."""
+
+    def items(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            path = prefix if key == "init_args" else f"{prefix}.{key}" if prefix else key
+            if isinstance(value, dict) and value:
+                yield from items(value, path)
+            else:
+                yield path, value
+
+    return dict(items(config, ""))
+
+
+def covered(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that its results depend on, flattened; what is unset is left out."""
+    trainer = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
+    return {key: value for key, value in flatten(config).items()
+            if value is not None and (key.startswith(COVERED) or key in trainer) and key not in NOT_COVERED}
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    return _digest(covered(config))
+
+
+def arm_hash(config: dict[str, Any]) -> str:
+    """Equal for runs that differ in seed alone."""
+    return _digest({key: value for key, value in covered(config).items() if key != "seed_everything"})
+
+
+def _digest(keys: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,165 @@
+"""python -m common.paper list | show ID | run ID --scale demo: the paper's tables and figures, arm by arm.
+
+`run` trains the arms one after another. The same command goes on where it stopped: finished arms are skipped, since
+their run folders say so. At the end it compares them, in runs/paper/ID-SCALE/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from common.command import run_command
+from common.compare import draw_figure, markdown, print_table, write
+from common.comparison import Comparison
+from common.errors import InputError
+from common.exhibits import Exhibit, Scale, Start, read_exhibits
+from common.identity import config_hash
+from common.runs import find_runs, read_run
+
+RUNS = Path("runs")
+
+
+def locate(start: Start) -> tuple[Path, str]:
+    """Where a run lies, and the hash of its config."""
+    # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
+    from common.training.cli import StudyCLI
+
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
+    cli = StudyCLI(start.study, ["fit", *start.arguments], run=False)
+    return cli.folder, config_hash(cli.resolved)
+
+
+def state(folder: Path, expected_hash: str) -> str:
+    """finished, unfinished, failed, unreadable, missing, or another config, as a changed YAML leaves one behind."""
+    if not (folder / "results.json").is_file():
+        return "missing"
+    run = read_run(folder)
+    return "another config" if run.results.get("config_hash", expected_hash) != expected_hash else run.status
+
+
+def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
+    table = Table("id", "shows", "scale", "arms", "seeds", "runs", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for exhibit in exhibits.values():
+        for position, (name, scale) in enumerate(exhibit.scales.items()):
+            first = [exhibit.id, exhibit.shows] if position == 0 else ["", ""]
+            table.add_row(*first, name, str(len(scale.arms)), str(scale.seeds), _states(scale))
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
+
+
+def _states(scale: Scale) -> str:
+    # A default folder begins with the config's name; where there is none, no parser is needed to know.
+    started = any((RUNS / scale.study).glob(f"{scale.config.stem}-*"))
+    states = Counter(state(*locate(start)) if started else "missing" for start in scale.starts())
+    return ", ".join(f"{count} {name}" for name, count in sorted(states.items()))
+
+
+def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
+    """What an exhibit claims, and for each scale the source of its hyper-parameters and its commands."""
+    yield f"{exhibit.id}: {exhibit.shows}; judged by {exhibit.metric}"
+    yield from (f"  paper: {statement}" for statement in exhibit.statements)
+    for name, scale in scales.items():
+        starts = scale.starts()
+        yield ""
+        yield f"{name}: {scale.shows or 'as published'}; arms: {len(scale.arms)}, seeds: {scale.seeds}"
+        yield f"  hyper-parameters: {starts[0].arguments[1]}, whose first lines name their sources:"
+        yield from (f"    {line}" for line in _leading_comment(scale.config))
+        yield f"  overrides on the command line: {exhibit.study}/paper.yaml"
+        for start in starts:
+            yield f"  # {start.arm}, seed {start.seed}"
+            yield f"  {start}"
+
+
+def _leading_comment(config: Path) -> Iterator[str]:
+    for line in config.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            return
+        yield line.removeprefix("#").removeprefix(" ")
+
+
+def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
+    """Trains what is not finished, then compares. Returns the exit code of the arm that stopped it, or 0."""
+    starts = scale.starts(seeds)
+    folders: dict[Path, str] = {}
+    for number, start in enumerate(starts, 1):
+        place = f"{exhibit.id} {scale.name}, {number} of {len(starts)}: {start.arm}, seed {start.seed}"
+        folder, expected_hash = locate(start)
+        if state(folder, expected_hash) == "finished":
+            print(f"{place}: finished, in {folder}", flush=True)
+        else:
+            print(f"{place}\n{start}", flush=True)
+            code = subprocess.run(start.command).returncode
+            if code:
+                print(f"{place}: stopped with exit code {code}; the same command goes on there", file=sys.stderr)
+                return code if code > 0 else 128 - code  # ended by a signal: as a shell reports it
+        folders[folder] = start.arm
+    report(exhibit, scale, folders)
+    return 0
+
+
+def report(exhibit: Exhibit, scale: Scale, folders: Mapping[Path, str]) -> None:
+    """Prints the comparison, and writes its figure and Markdown below runs/paper/."""
+    comparison = Comparison(find_runs(folders), labels=folders)
+    title = f"{exhibit.id}: {scale.shows or exhibit.shows}"
+    lines = [*(f"paper: {statement}" for statement in exhibit.statements), *measured_differences(exhibit, comparison)]
+    print(f"\n{title}")
+    print_table(comparison)
+    print("\n".join(lines))
+    folder = RUNS / "paper" / f"{exhibit.id}-{scale.name}"
+    text = f"# {title}\n\n{markdown(comparison)}\n" + "".join(f"- {line}\n" for line in lines)
+    write(folder / "comparison.md", f"{text}\n![curves](comparison.png)\n")
+    draw_figure(comparison, folder / "comparison.png", title, exhibit.metric)
+
+
+def measured_differences(exhibit: Exhibit, comparison: Comparison) -> Iterator[str]:
+    """The differences that the paper states, as measured here, for the arms that ran."""
+    values = {group.label: group.statistic(exhibit.metric) for group in comparison.groups}
+    for pair in exhibit.differences:
+        one, other = (values.get(arm) for arm in pair.split(" - "))
+        if one and other:
+            yield f"here: {exhibit.metric}: {pair} = {one.mean - other.mean:+.2f} (n = {min(one.n, other.n)})"
+
+
+def _parser(exhibits: Mapping[str, Exhibit]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m common.paper", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="ids, what they show, their arms, and how far their runs are", allow_abbrev=False)
+    for name, text in [("show", "the exact commands, and where hyper-parameters come from"),
+                       ("run", "train what is not finished, then compare")]:
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("id", help=", ".join(exhibits))
+        command.add_argument("--scale", required=name == "run", help="demo (minutes on two cores), gpu or paper")
+        if name == "run":
+            command.add_argument("--seeds", type=int, help="seeds 0 to N-1; default: the scale's own number")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    exhibits = read_exhibits()
+    options = _parser(exhibits).parse_args(arguments)
+    if options.command == "list":
+        list_exhibits(exhibits)
+        return 0
+    if options.id not in exhibits:
+        raise InputError(f"{options.id}: no such table or figure; there is {', '.join(exhibits)}")
+    exhibit = exhibits[options.id]
+    if options.command == "show":
+        scales = {options.scale: exhibit.scale(options.scale)} if options.scale else exhibit.scales
+        print("\n".join(show(exhibit, scales)))
+        return 0
+    if options.seeds is not None and options.seeds < 1:
+        raise InputError(f"--seeds {options.seeds}: give a number of seeds, 1 or more")
+    return run(exhibit, exhibit.scale(options.scale), options.seeds)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,116 @@
+"""The recipe: what an image becomes depends on (seed, epoch, index) and on nothing else."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from common.data.augment import FLIP, GREY, JITTER, Augment
+from common.data.loader import Draw
+from common.data.preparation import TrainingPreparation
+from common.data.throughput import MOCO_CIFAR, augmentation_throughput
+from common.errors import InputError
+
+MEAN, STD = torch.zeros(3), torch.ones(3)
+RAND = Augment(crop_scale=(0.5, 1.0), flip=0.5, interpolation="bicubic", rand_augment="rand-m9-mstd0.5-inc1")
+
+
+def batch(images: torch.Tensor, epoch: int, index: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return MOCO_CIFAR.batch(images[index], MOCO_CIFAR.draws(seed, epoch, index), (16, 16), MEAN, STD)
+
+
+def test_a_batch_does_not_depend_on_its_company() -> None:
+    images = torch.randint(256, (300, 3, 16, 16), dtype=torch.uint8)
+    all_of_them = batch(images, 3, torch.arange(300))
+    some = torch.tensor([250, 7, 131, 90, 8])
+    torch.testing.assert_close(batch(images, 3, some), all_of_them[some], atol=1e-6, rtol=0)
+
+
+def test_seed_and_epoch_change_all_images() -> None:
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    index = torch.arange(8)
+    first = batch(images, 0, index)
+    for other in (batch(images, 1, index), batch(images, 0, index, seed=1)):
+        assert ((first - other).abs().amax((1, 2, 3)) > 0.05).all()
+
+
+def test_images_of_a_batch_have_parameters_of_their_own() -> None:
+    same = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8).expand(64, -1, -1, -1)
+    assert len(batch(same, 0, torch.arange(64)).flatten(1).unique(dim=0)) == 64
+
+
+def test_probabilities() -> None:
+    draws = MOCO_CIFAR.draws(0, 0, torch.arange(20_000))
+    for column, share in [(FLIP, 0.5), (JITTER, 0.8), (GREY, 0.2)]:
+        assert abs((draws[:, column] < share).float().mean() - share) < 0.015
+    image = torch.rand(1, 3, 6, 6).expand(2000, -1, -1, -1)
+    grey = Augment(grayscale=0.2)
+    result = grey.batch((image * 255).byte(), grey.draws(0, 0, torch.arange(2000)), (6, 6), MEAN, STD)
+    colourless = (result.amax(1) - result.amin(1)).amax((1, 2)) < 1e-5
+    assert abs(colourless.float().mean() - 0.2) < 0.04
+
+
+def test_the_default_only_fits() -> None:
+    images = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    plain = Augment()
+    result = plain.batch(images, plain.draws(0, 0, torch.arange(5)), (8, 8), MEAN[:1], STD[:1])
+    torch.testing.assert_close(result, images / 255)
+
+
+@pytest.mark.parametrize("scale", [None, (0.1, 1.0)])
+def test_one_by_one_equals_the_batch_but_for_rounding(scale: tuple[float, float] | None) -> None:
+    recipe = Augment(crop_scale=scale, flip=0.5, interpolation="bicubic")
+    smooth = torch.nn.functional.interpolate(torch.rand(12, 3, 4, 4), size=(30, 24), mode="bilinear")
+    images = (smooth * 255).round().byte()
+    draws = recipe.draws(0, 2, torch.arange(12))
+    together = recipe.batch(images, draws, (16, 16), MEAN, STD)
+    for i, image in enumerate(images):
+        alone = TrainingPreparation(recipe, (16, 16), 0, (0.5,))(image, Draw(2, i, 0))
+        assert alone.dtype == torch.uint8
+        torch.testing.assert_close(alone / 255, together[i], atol=2 / 255, rtol=0)
+
+
+def test_rand_augment_is_a_function_of_its_keys_and_leaves_the_generators_alone() -> None:
+    image = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
+    prepare = TrainingPreparation(RAND, (32, 32), 5, (0.485, 0.456, 0.406))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    results = {(epoch, index): prepare(image, Draw(epoch, index, 0)) for epoch in range(3) for index in range(6)}
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    assert len({result.numpy().tobytes() for result in results.values()}) == 18
+    again = TrainingPreparation(RAND, (32, 32), 5, (0.485, 0.456, 0.406))
+    for (epoch, index), result in reversed(results.items()):
+        assert again(image, Draw(epoch, index, 99)).equal(result)
+
+
+def test_rand_augment_has_the_papers_operators_and_fill() -> None:
+    operator = TrainingPreparation(RAND, (32, 32), 0, (0.485, 0.456, 0.406)).rand_augment
+    names = {op.name for op in operator.ops}
+    assert operator.num_layers == 2 and len(names) == 15
+    assert {"PosterizeIncreasing", "SolarizeAdd", "TranslateXRel", "BrightnessIncreasing"} <= names
+    for op in operator.ops:
+        assert (op.prob, op.magnitude, op.magnitude_std) == (0.5, 9, 0.5)
+        assert op.kwargs["fillcolor"] == (124, 116, 104)
+        assert int(op.kwargs["resample"]) == 3  # PIL's bicubic
+
+
+@pytest.mark.parametrize("wrong", [
+    {"flip": 1.5}, {"crop_scale": (0.5, 0.1)}, {"crop_scale": (0.0, 1.0)}, {"crop_ratio": (-1.0, 1.0)},
+    {"jitter": (0.4, 0.4, 0.4, 0.6)}, {"jitter": (-0.1, 0.0, 0.0, 0.0)}, {"grayscale": -1.0},
+], ids=str)  # fmt: skip
+def test_a_wrong_value_is_named(wrong: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Augment(**wrong)
+
+
+@pytest.mark.parametrize("text", ["augmix-m3", "rand-x9", "rand-mfoo1"])
+def test_a_description_that_timm_does_not_read_is_named(text: str) -> None:
+    with pytest.raises(InputError, match=f"rand_augment.*{text}"):
+        TrainingPreparation(Augment(rand_augment=text), (8, 8), 0, (0.5,))
+
+
+def test_throughput_measures_both_pipelines() -> None:
+    result = augmentation_throughput(torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8), rounds=2)
+    assert set(result) == {"batched", "pil", "ratio"} and min(result.values()) > 0

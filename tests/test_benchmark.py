@@ -1,0 +1,214 @@
+"""The benchmark's arithmetic, that its sides do the same work, and that each mode runs. Nothing here is timed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from common.benchmark import augmentation, trainer_cost, training_step
+from common.benchmark.__main__ import main, table
+from common.benchmark.interleaving import Spread, differences, interleaved, ratios
+from common.benchmark.training_step import Case
+from common.errors import InputError
+from common.training.checkpoints import Checkpoints
+from common.training.curves import Curves
+from common.training.progress import Progress
+from common.training.run import RunFolder
+
+
+def small(patch_size: int, precision: str) -> Case:
+    return Case("nano", 1, patch_size, side=4, channels=3, classes=5, batch=8, precision=precision)
+
+
+def test_sides_take_turns_and_each_begins_as_often() -> None:
+    calls = []
+
+    def side(name: str):
+        return lambda: calls.append(name) or float(len(calls))
+
+    times = interleaved({"a": side("a"), "b": side("b")}, rounds=4)
+    assert "".join(calls) == "abbaabba"
+    assert times == {"a": [1, 4, 5, 8], "b": [2, 3, 6, 7]}
+
+
+def test_ratios_and_differences_are_medians_over_pairs() -> None:
+    times, reference = [1.0, 2.0, 9.0], [2.0, 6.0, 3.0]
+    # Pairs 2, 3, 1/3; the ratio of the medians would be 1.5.
+    assert ratios(times, reference) == pytest.approx((2.0, 7 / 6, 2.5))
+    # Pairs -1, -4, 6; an unpaired difference would not have these quartiles.
+    assert differences(times, reference) == (-1.0, -2.5, 2.5)
+    assert Spread.of([3.0]) == (3.0, 3.0, 3.0)
+    assert f"{Spread(1.0, 0.5, 1.25):.2f}" == "1.00 (0.50 to 1.25)"
+    with pytest.raises(ValueError):
+        ratios([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_both_models_take_the_same_steps(patch_size: int, precision: str, tolerance: float) -> None:
+    case = small(patch_size, precision)
+    nets = training_step.models(case)
+    losses = {}
+    for name, net in nets.items():
+        step = training_step.training_step(net, *training_step.batch_of(case), precision)
+        losses[name] = [step() for _ in range(5)]
+    assert losses["ours"] == pytest.approx(losses["timm"], rel=tolerance)
+    assert all(later < earlier for earlier, later in pairwise(losses["ours"]))
+    weights = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
+    assert weights[0] == weights[1]
+
+
+def test_bf16_is_autocast() -> None:
+    images, labels = training_step.batch_of(small(1, "bf16"))
+    seen = set()
+    for precision in ("fp32", "bf16"):
+        net = training_step.models(small(1, precision))["ours"]
+        net.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+        training_step.training_step(net, images, labels, precision)()
+    assert seen == {torch.float32, torch.bfloat16}
+
+
+def test_a_timed_step_is_the_whole_step() -> None:
+    assert training_step.timed(lambda: time.sleep(0.02) or 0.0)() >= 0.02
+
+
+def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"ours": [0.1, 0.2, 0.4], "timm": [0.4, 0.4, 0.4]}
+    monkeypatch.setattr(training_step, "interleaved", lambda sides, rounds: times)
+    row = dict(zip(training_step.COLUMNS, training_step.measure(small(2, "fp32"), rounds=3), strict=True))
+    assert row["model"] == "nano/2, 1 blocks" and row["image"] == "4x4x3"
+    assert (row["ours ms"], row["timm ms"]) == ("200.0", "400.0")
+    assert (row["ours images/s"], row["timm images/s"]) == ("40", "20")
+    assert row["times as fast (quartiles)"] == "2.000 (1.500 to 3.000)"
+
+
+def test_cases_are_those_of_the_acceptance() -> None:
+    covered = {(case.size, case.side, case.patch_size, case.precision) for case in training_step.cases(depth=3)}
+    cifar = {("tiny", 32, patch, precision) for patch in (1, 2) for precision in ("fp32", "bf16")}
+    assert covered == {("nano", 8, 1, "fp32"), ("nano", 8, 2, "fp32")} | cifar
+    assert {case.depth for case in training_step.cases(depth=3) if case.size == "tiny"} == {3}
+    assert {case.batch for case in training_step.cases(depth=3, batch=5)} == {5}
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        cli = trainer_cost.fitted(steps=7)
+    assert not list(folder.iterdir()), "the run folder was left behind"
+    return cli
+
+
+def test_the_null_model_runs_through_the_full_stack(fitted) -> None:
+    trainer = fitted.trainer
+    assert trainer.global_step == 7 and fitted.model.seconds > 0
+    for callback in (Curves, Progress, RunFolder, Checkpoints):
+        assert any(isinstance(one, callback) for one in trainer.callbacks), callback
+    assert isinstance(trainer.logger, TensorBoardLogger) and trainer.log_every_n_steps == 50
+
+
+def test_plain_loop_takes_the_same_steps(fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = fitted.datamodule.train_dataloader()
+    assert len(loader) == 7
+    net = fitted.model.net = trainer_cost.NullModel()
+    clock = iter([10.0, 22.0])  # after the first step, after the seventh
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    batches = [{"image": torch.ones(2, 1)}] * 7
+    assert trainer_cost.plain_loop(fitted.model, batches) == 2.0
+    # AdamW moves a constant gradient by lr a step; the one parameter is not decayed.
+    assert net.weight.item() == pytest.approx(1 - sum(lr_of(step) for step in range(7)), abs=1e-6)
+
+
+def lr_of(step: int) -> float:
+    return 1e-3 * 0.5 * (1 + torch.cos(torch.tensor(step / 7 * torch.pi)).item())
+
+
+def test_the_trainer_is_timed_after_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 13.0, 14.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    module = trainer_cost.NullExperiment(training_step.RECIPE)
+    for i in range(3):
+        module.on_train_batch_end({}, {}, i)
+    assert module.seconds == 2.0
+
+
+def test_rows_of_the_trainer(fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_cost, "fitted", lambda steps: fitted)
+
+    def fake(sides, rounds):
+        return dict(zip(sides, [[0.001, 0.003], [0.002, 0.003], [0.002, 0.006]], strict=True))
+
+    monkeypatch.setattr(trainer_cost, "interleaved", fake)
+    rows = trainer_cost.measure(7, 2)
+    assert [row[1] for row in rows] == ["2.000", "2.500", "4.000"]
+    assert [row[2] for row in rows] == ["", "0.500 (0.250 to 0.750)", "2.000 (1.500 to 2.500)"]
+
+
+def test_plain_loop_is_spared_what_lightning_sets(fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trainer_cost.NVML_CHECK, "1")
+    seen = []
+
+    def batches():
+        for _ in range(2):
+            seen.append(os.environ.get(trainer_cost.NVML_CHECK))
+            yield {"image": torch.ones(2, 1)}
+
+    trainer_cost.plain_loop(fitted.model, batches())
+    assert seen == [None, None] and os.environ[trainer_cost.NVML_CHECK] == "1"
+
+
+def test_rows_of_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def throughput(images: torch.Tensor, rounds: int) -> dict[str, float]:
+        assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8 and rounds == 2
+        return {"batched": 16000.4, "pil": 2000.0, "ratio": 8.125}
+
+    monkeypatch.setattr(augmentation, "augmentation_throughput", throughput)
+    pil, batched = augmentation.measure(6, 2)
+    assert pil[1:] == ("2,000", "") and batched[1:] == ("16,000", "8.12")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_is_markdown() -> None:
+    lines = list(table(["a", "bb"], [["1", "2"], ["100", "20"]]))
+    assert len({len(line) for line in lines}) == 1
+    assert [cells(line) for line in lines] == [["a", "bb"], ["---", "--"], ["1", "2"], ["100", "20"]]
+
+
+def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert main(["all", "--rounds", "1", "--depth", "1", "--batch", "1", "--steps", "3", "--images", "8"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    head = output.split("|")[0]
+    assert "`python -m common.benchmark all --rounds 1 --depth 1 --batch 1 --steps 3 --images 8`" in head
+    assert f"torch {torch.__version__.split('+')[0]}" in head and "1 thread(s)" in head and "commit " in head
+    rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
+    assert [len(row) for row in rows].count(len(training_step.COLUMNS)) == 2 + 6
+    assert rows.count(list(trainer_cost.COLUMNS)) == rows.count(list(augmentation.COLUMNS)) == 1
+    assert [len(row) for row in rows].count(3) == (2 + 3) + (2 + 2)  # headings, rules and rows of the other two
+
+
+@pytest.mark.parametrize("option", ["rounds", "threads", "depth", "batch", "steps", "images"])
+def test_numbers_that_make_no_sense(option: str) -> None:
+    with pytest.raises(InputError, match=f"--{option} 0: give a whole number"):
+        main(["step", f"--{option}", "0"])
+
+
+def test_the_command_leaves_with_2_and_one_line() -> None:
+    command = [sys.executable, "-m", "common.benchmark", "step", "--rounds", "0"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert process.returncode == 2
+    assert process.stderr == "error: --rounds 0: give a whole number, 1 or more\n"

@@ -1,0 +1,255 @@
+"""python -m common.compare, on run folders written here from the contract of the run folder."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from common.compare import as_csv, as_json, main, markdown
+from common.comparison import Comparison
+from common.errors import InputError
+from common.figure import over_seeds, read_curves, smoothed
+from common.runs import find_runs, read_run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes runs/supervised/NAME with Acc@1 as given; further keywords go into results.json."""
+
+    def make(name: str, acc1: float, seed: int = 0, patch: int = 2, status: str = "finished", **more) -> Path:
+        folder = tmp_path / "runs" / "supervised" / name
+        folder.mkdir(parents=True)
+        results = {
+            "study": "supervised", "run_name": name, "status": status, "config_hash": f"{patch}{seed}", "seed": seed,
+            "metrics": {"val/acc1": acc1, "val/acc5": acc1 + 2, "val/loss": 1.0, "best/val/acc1": acc1 + 1},
+            "epoch": 10, "step": 90, "images_seen": 11520, "train_seconds": 61.0, "parameters": 117130,
+            "dataset": "digits", "size": "nano", "patch_size": patch, "position": "learned", "pool": "cls", "lr": 2e-3,
+            "batch_size": 128, "epochs": 10, "weights": "raw", "headline": "val/acc1", "higher_is_better": True, **more,
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+        model = {"class_path": "supervised.Classification", "init_args": {"size": "nano", "patch_size": patch}}
+        arguments = {"source": results["dataset"], "batch_size": results["batch_size"], "workers": seed}
+        data = {"class_path": "common.data.ImageData", "init_args": arguments}
+        trainer = {"max_epochs": results["epochs"], "devices": 1 + seed}
+        config = {"run_name": name, "seed_everything": seed, "model": model, "data": data, "trainer": trainer}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def two_arms(make_run):
+    """/2 with 90, 92, 94 and /1 with 95, 96, 97: by hand, 92 ± 2, 96 ± 1, difference 4."""
+    accuracies = {1: (95.0, 96.0, 97.0), 2: (90.0, 92.0, 94.0)}
+    return [make_run(f"digits-nano-p{patch}-s{seed}", value, seed, patch)
+            for patch, values in accuracies.items() for seed, value in enumerate(values)]
+
+
+def log(folder: Path, second: int, tag: str, points: dict[int, float]) -> None:
+    """An event file as one start of a run writes it."""
+    writer = EventFileWriter(str(folder))
+    for step, value in points.items():
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        writer.add_event(Event(step=step, wall_time=second, summary=summary))
+    writer.close()
+    written = max(folder.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+    written.rename(folder / f"events.out.tfevents.{second}.host.1.0")
+
+
+def test_mean_standard_deviation_and_difference(two_arms):
+    comparison = Comparison(find_runs(two_arms))
+    one, two = comparison.groups
+    assert (one.label, two.label) == ("digits-nano-p1", "digits-nano-p2")
+    assert two.statistic("val/acc1") == (92.0, 2.0, 3)
+    assert one.statistic("val/acc1") == (96.0, 1.0, 3)
+    assert comparison.baseline is two  # the largest patch
+    assert comparison.difference(one, "val/acc1") == 4.0
+    assert comparison.difference(two, "val/acc1") is None
+    assert comparison.best("val/acc1") == [one]
+    assert comparison.metrics == ["val/acc1", "val/acc5"]
+
+
+def test_lower_is_better_for_errors(make_run):
+    better = make_run("a", 0, patch=1, metrics={"val/rmse": 0.5}, headline="val/rmse", higher_is_better=False)
+    worse = make_run("b", 0, patch=2, metrics={"val/rmse": 0.7}, headline="val/rmse", higher_is_better=False)
+    comparison = Comparison(find_runs([worse, better]))
+    assert comparison.metrics == ["val/rmse"]
+    assert [group.label for group in comparison.best("val/rmse")] == ["a"]
+
+
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_only_finished_runs_are_averaged(two_arms, make_run, status):
+    extra = make_run("digits-nano-p1-s3", 0.0, seed=3, patch=1, status=status, epoch=4, error="OSError: disk full")
+    comparison = Comparison(find_runs([*two_arms, extra]))
+    assert comparison.groups[0].statistic("val/acc1") == (96.0, 1.0, 3)
+    row = [cell.text for cell in comparison.rows()[-1]]
+    word = "failed" if status == "failed" else "unfinished"
+    assert row[:3] == ["digits-nano-p1-s3", "digits", word] and set(row[3:]) == {"-"}
+    assert f"digits-nano-p1-s3, {word} at epoch 4 of 10" in comparison.notes()[-1]
+    assert ("disk full" in comparison.notes()[-1]) == (status == "failed")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "results.json").write_text('{"status": "fini'),
+    lambda folder: (folder / "results.json").write_bytes(b"\xff\xfe\x00"),
+    lambda folder: (folder / "results.json").write_text("[]"),
+    lambda folder: (folder / "results.json").write_text('{"status": "finished", "metrics": {}}'),
+    lambda folder: (folder / "results.json").unlink(),
+    lambda folder: (folder / "config.yaml").unlink(),
+    lambda folder: (folder / "config.yaml").write_text("{a: ["),
+])
+def test_unreadable_runs_are_shown_and_not_averaged(two_arms, damage):
+    damage(two_arms[0])
+    comparison = Comparison(find_runs(two_arms))
+    assert comparison.groups[0].statistic("val/acc1").mean == 96.5
+    assert [(run.name, run.status) for run in comparison.left_out] == [("digits-nano-p1-s0", "unreadable")]
+    assert comparison.left_out[0].problem
+
+
+def test_a_repeat_of_a_seed_is_no_further_sample(two_arms, make_run):
+    again = make_run("again", 50.0, seed=0, patch=1)
+    comparison = Comparison(find_runs([*two_arms, again]))
+    assert comparison.groups[0].statistic("val/acc1") == (96.0, 1.0, 3)
+    assert [(run.name, run.status) for run in comparison.left_out] == [("again", "repeat")]
+
+
+def test_seeds_are_grouped_by_config_and_not_by_name(make_run):
+    runs = [make_run("first", 90.0, seed=0), make_run("second", 92.0, seed=1), make_run("other", 92.0, epochs=20)]
+    groups = Comparison(find_runs(runs)).groups
+    assert [(group.label, len(group.runs)) for group in groups] == [("first", 2), ("other", 1)]
+
+
+def test_arms_with_one_name_are_told_apart(make_run):
+    runs = [make_run("a-s0", 90.0, seed=0), make_run("a-s1", 92.0, seed=1, epochs=20)]
+    assert [group.label for group in Comparison(find_runs(runs)).groups] == ["a-s0", "a-s1"]
+
+
+@pytest.mark.parametrize("key, value", [("dataset", "shapes"), ("epochs", 20), ("batch_size", 64)])
+def test_other_data_or_budget_is_marked_and_wins_nothing(two_arms, make_run, key, value):
+    other = make_run("other", 99.0, patch=1, **{key: value})
+    comparison = Comparison(find_runs([*two_arms, other]))
+    marked = comparison.groups[-1]
+    assert f"{key} {value} instead of" in comparison.mark(marked)
+    assert [comparison.mark(group) for group in comparison.groups[:-1]] == ["", ""]
+    assert "†" in comparison.rows()[2][0].text and comparison.rows()[2][6].text == "+7.00 †"
+    assert comparison.best("val/acc1") == [comparison.groups[0]]
+    assert any(key in note and "†" in note for note in comparison.notes())
+
+
+def test_baseline_and_metrics_by_name(two_arms):
+    comparison = Comparison(find_runs(two_arms), ["best/val/acc1"], "digits-nano-p1-s2")
+    assert comparison.baseline.label == "digits-nano-p1"
+    assert comparison.difference(comparison.groups[1], "best/val/acc1") == -4.0
+    with pytest.raises(InputError, match="--baseline nobody.*digits-nano-p1"):
+        Comparison(find_runs(two_arms), baseline="nobody")
+    with pytest.raises(InputError, match="--metric val/acc9.*val/acc1"):
+        Comparison(find_runs(two_arms), ["val/acc9"])
+
+
+def test_metric_that_some_runs_lack(two_arms):
+    path = two_arms[0] / "results.json"
+    results = json.loads(path.read_text())
+    del results["metrics"]["val/acc5"]
+    results["metrics"]["val/acc1"] = float("nan")
+    path.write_text(json.dumps(results))
+    comparison = Comparison(find_runs(two_arms))
+    assert comparison.groups[0].statistic("val/acc1").n == 2  # NaN was not measured
+    assert comparison.groups[0].statistic("val/acc5").n == 2
+
+
+def test_files(two_arms, make_run):
+    comparison = Comparison(find_runs([*two_arms, make_run("dead", 1.0, status="failed")]))
+    text = markdown(comparison)
+    assert "| **96.00 ± 1.00 (3)** | +4.00 |" in text and "| 92.00 ± 2.00 (3) | - |" in text
+    assert "| digits-nano-p2 (baseline) | digits | 10 x 128 | 117,130 | 1m 01s |" in text
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {10}
+
+    rows = list(csv.DictReader(as_csv(comparison).splitlines()))
+    assert [(row["run"], row["status"], row["val/acc1"]) for row in rows] == [
+        ("digits-nano-p1", "finished", "96.0"), ("digits-nano-p2", "finished", "92.0"), ("dead", "failed", "")]
+    assert (rows[0]["val/acc1 std"], rows[0]["val/acc1 difference"], rows[0]["seeds"]) == ("1.0", "4.0", "0 1 2")
+
+    content = json.loads(as_json(comparison))
+    assert content["baseline"] == "digits-nano-p2" and content["metrics"] == ["val/acc1", "val/acc5"]
+    assert content["runs"][0]["val/acc1 best"] is True and content["runs"][1]["val/acc1 difference"] is None
+
+
+def test_later_start_wins_where_steps_overlap(make_run):
+    folder = make_run("resumed", 90.0)
+    log(folder, 2000, "val/acc1", {20: 2.5, 30: 3.0})  # written first, started later
+    log(folder, 1000, "val/acc1", {10: 1.0, 20: 2.0})
+    curves = read_curves(folder, ["val/acc1", "train/loss"])
+    assert curves == {"val/acc1": {10: 1.0, 20: 2.5, 30: 3.0}, "train/loss": {}}
+    assert read_curves(folder, ["val/acc1"], 128)["val/acc1"] == {1280: 1.0, 2560: 2.5, 3840: 3.0}
+
+
+def test_curves_over_seeds():
+    assert over_seeds([{1: 1.0, 2: 4.0, 3: 9.0}, {1: 3.0, 2: 4.0}]) == ([1, 2], [2.0, 4.0], [2**0.5, 0.0])
+    assert over_seeds([{1: 5.0}]) == ([1], [5.0], [0.0])
+    curve = {step: float(step) for step in range(1, 301)}
+    means = smoothed(curve, 60)
+    assert len(means) == 60 and means[5] == 3.0 and means[300] == 298.0
+
+
+def test_command_writes_table_figure_and_files(two_arms, tmp_path, capsys):
+    for folder in two_arms:
+        log(folder, 1000, "val/acc1", {9: 50.0, 90: 90.0})
+    study = two_arms[0].parent
+    options = [f"--{name}={tmp_path / name}" for name in ("csv", "markdown", "json")]
+    assert main([str(study), *options]) == 0
+    out = capsys.readouterr().out
+    assert "96.00 ± 1.00 (3) *" in out and "92.00 ± 2.00 (3) *" not in out
+    assert (study / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert all((tmp_path / name).stat().st_size for name in ("csv", "markdown", "json"))
+    assert main([*map(str, study.iterdir()), "--no-figure"]) == 0  # as a shell's * gives it, the figure included
+
+
+def test_metrics_of_two_studies_share_a_table(two_arms, make_run):
+    depth = make_run("depth", 0, patch=1, dataset="rooms", metrics={"val/rmse": 0.5}, headline="val/rmse",
+                     higher_is_better=False)
+    comparison = Comparison(find_runs([*two_arms, depth]))
+    assert comparison.metrics == ["val/acc1", "val/rmse"]
+    assert comparison.rows()[2][5].text == "-"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["missing"], "missing: no such folder"),
+    (["empty"], "empty: not a run folder"),
+    (["file"], "nothing to compare"),
+    (["good", "--figure", "curves.jpeg2000"], "--figure curves.jpeg2000"),
+    (["good", "--baseline", "x"], "--baseline x"),
+    (["good", "--json", "file/a.json"], "file"),
+])
+def test_errors_are_one_line(make_run, tmp_path, arguments, message):
+    make_run("r", 90.0).rename(tmp_path / "good")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    done = subprocess.run([sys.executable, "-m", "common.compare", *arguments], cwd=tmp_path, capture_output=True,
+                          text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert done.returncode == (1 if "--json" in arguments else 2)  # a disk that refuses is no mistake of the user's
+    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_two_hundred_runs_are_read_quickly(make_run):
+    runs = [make_run(f"r{i}", 90.0, seed=i % 5, patch=i // 5 + 1) for i in range(200)]
+    start = time.perf_counter()
+    comparison = Comparison(find_runs(runs))
+    assert len(comparison.groups) == 40 and time.perf_counter() - start < 5
+    heavy = "import common.compare, sys; assert not {'torch', 'matplotlib', 'tensorboard'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
+
+
+def test_read_run_keeps_what_the_folder_says(make_run):
+    run = read_run(make_run("r", 90.0, status="running", epoch=3))
+    assert (run.status, run.problem, run.seed) == ("unfinished", "at epoch 3 of 10", 0)
