@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -18,6 +19,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    if not debug:
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our source
     try:
         code = main([argument for argument in arguments if argument != "--debug"])
         sys.stdout.flush()
@@ -38,7 +41,9 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def _mistake(error: BaseException | None) -> InputError | None:
-    """The user's mistake behind an error: parsers and loader processes wrap it."""
+    """The user's mistake behind an error: parsers and loader processes wrap it, a file's name tells it."""
+    if isinstance(error, OSError) and error.filename:
+        return InputError(f"{error.filename}: {error.strerror}")
     while error is not None:
         if isinstance(error, InputError):
             return error

@@ -52,13 +52,13 @@ class Augment:
     def __post_init__(self) -> None:
         for name in ("flip", "jitter_probability", "grayscale"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"augment.{name}: {getattr(self, name)} is not a probability between 0 and 1")
+                raise InputError(f"data.augment.{name}: {getattr(self, name)} is not a probability between 0 and 1")
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise InputError(f"augment.crop_scale: {list(self.crop_scale)} is not a range of shares in (0, 1]")
+            raise InputError(f"data.augment.crop_scale: {list(self.crop_scale)} is not a range of shares in (0, 1]")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise InputError(f"augment.crop_ratio: {list(self.crop_ratio)} is not a range of positive ratios")
+            raise InputError(f"data.augment.crop_ratio: {list(self.crop_ratio)} is not a range of positive ratios")
         if min(self.jitter) < 0 or self.jitter[colour.HUE] > 0.5:
-            raise InputError(f"augment.jitter: {list(self.jitter)} must not be negative, and its hue at most 0.5")
+            raise InputError(f"data.augment.jitter: {list(self.jitter)} must not be negative, and its hue at most 0.5")
 
     @property
     def needs_colour(self) -> bool:

@@ -145,6 +145,9 @@ class GlobalBatchData(L.LightningDataModule):
         batches, limit = len(self._order()), trainer.limit_train_batches
         self._batches_per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         self.steps_per_epoch = self._batches_per_epoch // trainer.accumulate_grad_batches
+        if not self.steps_per_epoch:
+            raise InputError(f"trainer.limit_train_batches: {limit} leaves no optimiser step in an epoch of {batches} "
+                             f"micro-batches, {trainer.accumulate_grad_batches} a step")
 
     def _order(self) -> TrainOrder:
         trainer = self.trainer

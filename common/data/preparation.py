@@ -54,7 +54,7 @@ def _rand_augment(augment: Augment, size: tuple[int, int], mean: Sequence[float]
         return rand_augment_transform(augment.rand_augment, given)
     except (AssertionError, ValueError, KeyError) as error:
         raise InputError(
-            f"augment.rand_augment: {augment.rand_augment!r} is not a description that timm reads, such as "
+            f"data.augment.rand_augment: {augment.rand_augment!r} is not a description that timm reads, such as "
             f"rand-m9-mstd0.5-inc1"
         ) from error
 

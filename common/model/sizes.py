@@ -32,15 +32,16 @@ def resolve_size(
         InputError: an unknown size, a number below one, or heads that do not divide the width.
     """
     if size not in SIZES:
-        raise InputError(f"size={size!r} is not known; choose one of {', '.join(SIZES)}")
+        raise InputError(f"model.size={size!r} is not known; choose one of {', '.join(SIZES)}")
     overrides = {"width": width, "depth": depth, "heads": heads}
     for key, value in overrides.items():
         if value is not None and value < 1:
-            raise InputError(f"{key}={value} must be at least 1")
+            raise InputError(f"model.{key}={value} must be at least 1")
     resolved = SIZES[size]._replace(**{key: value for key, value in overrides.items() if value is not None})
     if resolved.width % resolved.heads:
         nearest = nearest_divisors(resolved.heads, resolved.width)
-        raise InputError(f"heads={resolved.heads} does not divide width={resolved.width}; nearest that do: {nearest}")
+        raise InputError(f"model.heads={resolved.heads} does not divide width={resolved.width}; "
+                         f"nearest that do: {nearest}")
     return resolved
 
 

@@ -91,15 +91,16 @@ class VisionTransformer(nn.Module):
 
     def _check(self) -> None:
         if self.pool not in ("cls", "avg"):
-            raise InputError(f"pool={self.pool!r} is not known; choose cls or avg")
+            raise InputError(f"model.pool={self.pool!r} is not known; choose cls or avg")
         if self.pool == "cls" and not self.num_prefix_tokens:
-            raise InputError("pool=cls needs a class token; set class_token=true or pool=avg")
+            raise InputError("model.pool=cls needs a class token; set class_token=true or pool=avg")
         if self.position not in ("learned", "sincos", "none"):
-            raise InputError(f"position={self.position!r} is not known; choose learned, sincos or none")
+            raise InputError(f"model.position={self.position!r} is not known; choose learned, sincos or none")
         if not 0.0 <= self.drop_path < 1.0:
-            raise InputError(f"drop_path={self.drop_path} must be at least 0 and below 1")
+            raise InputError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
         if not 0 <= self.checkpoint_blocks <= self.depth:
-            raise InputError(f"checkpoint_blocks={self.checkpoint_blocks} must be between 0 and depth={self.depth}")
+            raise InputError(f"model.checkpoint_blocks={self.checkpoint_blocks} must be between 0 and "
+                             f"depth={self.depth}")
         if self.channels < 1:
             raise InputError(f"channels={self.channels} must be at least 1")
         if self.classes < 0:
@@ -213,6 +214,6 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     if patch_size < 1 or height % patch_size or width % patch_size:
         nearest = nearest_divisors(patch_size, math.gcd(height, width))
         raise InputError(
-            f"patch_size={patch_size} does not divide image_size={height}x{width}; nearest that do: {nearest}"
+            f"model.patch_size={patch_size} does not divide image_size={height}x{width}; nearest that do: {nearest}"
         )
     return height // patch_size, width // patch_size

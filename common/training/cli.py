@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.command import run_command
 from common.data.loader import GlobalBatchData
@@ -46,6 +48,11 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, given: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # --run_nam must not pass for --run_name
         self.given = given or []
+
+    def parse_args(self, args: list[str] | None = None, *more: Any, **options: Any) -> Namespace:
+        if not self.exit_on_error and args:  # a parser inside the parser is handed a typed null as Python prints it
+            args = [re.sub("=None$", "=null", argument) for argument in args]
+        return super().parse_args(args, *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         if not self.exit_on_error:  # a parser inside the parser, for the arguments of a class
@@ -104,6 +111,9 @@ class StudyCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything: {seed} is not between 0 and 4294967295")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: what the user types beats what a checkpoint remembers."""
@@ -112,9 +122,12 @@ class StudyCLI(LightningCLI):
         self.options = self.config[self.subcommand]
         self.resolved = self._resolved(self.config)
         self.folder = Path(self.options.runs) / self.study / (self.options.run_name or self._default_name())
+        if self.options.run_name and self.folder.name != self.options.run_name or self.folder.name == "..":
+            raise InputError(f"--run_name: {self.options.run_name} is not the name of a folder; --runs says where it lies")
         self.resolved["run_name"] = self.folder.name
         self.checkpoint: Path | None = None
         if self.execute:
+            run.refuse_unwritable(self.folder)
             getattr(self, f"_before_{self.subcommand}", self._before_evaluation)()
 
     def instantiate_classes(self) -> None:
@@ -163,9 +176,11 @@ class StudyCLI(LightningCLI):
 
     def _check_epochs(self) -> None:
         trainer = self.options.trainer
-        if trainer.max_steps not in (-1, None) or trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise InputError(f"trainer.max_epochs: {trainer.max_epochs}; give the length of the run in epochs, 1 or "
-                             "more (trainer.max_steps is not used: Lightning does not resume it exactly)")
+        if trainer.max_steps not in (-1, None):
+            raise InputError(f"trainer.max_steps: {trainer.max_steps} is not used, since Lightning does not resume it "
+                             "exactly; give the length of the run as trainer.max_epochs")
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise InputError(f"trainer.max_epochs: {trainer.max_epochs}; give the length of the run in epochs, 1 or more")
 
     def _continued(self) -> Path | None:
         if not self.options.continue_from:
@@ -180,7 +195,7 @@ class StudyCLI(LightningCLI):
             raise InputError(f"--continue_from: {source} was trained otherwise: " + "; ".join(
                 f"{key}: {old} there, {new} here" for key, (old, new) in differing.items()))
         if flatten(self.resolved).get("model.optim.schedule") != "constant":
-            raise InputError("--continue_from: needs optim.schedule=constant; a cosine has ended where the run ended")
+            raise InputError("--continue_from: needs model.optim.schedule=constant; a cosine has ended where the run ended")
         return checkpoint
 
     def _before_evaluation(self) -> None:
@@ -196,14 +211,12 @@ class StudyCLI(LightningCLI):
         curves = Curves()
         callbacks = [Progress(curves), curves, run.RunFolder(self.study, self.folder, self.resolved, curves)]
         own = self._get(self.config_init, "trainer").get("callbacks") or []
-        trainer = super().instantiate_trainer(
-            callbacks=[*callbacks, *own],
-            plugins=[AtomicCheckpointIO()],
-            default_root_dir=str(self.folder),
-            logger=self._logger(),
-            enable_progress_bar=False,
-            **kwargs,
-        )
+        ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO()], "logger": self._logger(),
+                "default_root_dir": str(self.folder), "enable_progress_bar": False}
+        try:
+            trainer = super().instantiate_trainer(**ours, **kwargs)
+        except (MisconfigurationException, ValueError) as error:  # devices that are not there, a malformed max_time
+            raise InputError(f"trainer: {error}") from error
         trainer.seed = self.options.seed_everything
         self.model.init_from = None if self.checkpoint else self.options.init_from
         return trainer
@@ -223,7 +236,8 @@ class StudyCLI(LightningCLI):
         if subcommand == "check":
             return kwargs
         kwargs |= {"ckpt_path": self.checkpoint, "weights_only": True}
-        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+        own = {"validate": {"verbose": False}, "test": {"verbose": False}, "predict": {"return_predictions": False}}
+        return kwargs | own.get(subcommand, {})
 
 
 def run_folder(study: str, args: list[str]) -> Path:
@@ -257,6 +271,8 @@ def quieten() -> None:
         ".*Found .* module.* in eval mode at the start of training.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*sync_dist=True.*",  # torchmetrics has reduced them
+        ".*custom batch sampler.*for prediction.*",  # which leaves out nothing, as Lightning's own would
+        ".*predict returned None.*",  # predictions are written, not returned
     ):
         warnings.filterwarnings("ignore", message)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect on CPU

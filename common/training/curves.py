@@ -53,7 +53,7 @@ class Curves(L.Callback):
         step = trainer.global_step
         if not math.isfinite(loss):
             raise FloatingPointError(f"train/loss is {loss} at step {step}; the last checkpoint is kept. Try a lower "
-                                     "optim.lr, a longer warm-up, qk_norm, or trainer.gradient_clip_val")
+                                     "model.optim.lr, a longer warm-up, model.qk_norm, or trainer.gradient_clip_val")
         images_per_second = self._steps * trainer.datamodule.global_batch / max(self.clock() - self._started, 1e-9)
         self.values = {
             "train/loss": loss,

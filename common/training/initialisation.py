@@ -62,7 +62,7 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     own = net.state_dict()
     if table not in dict(net.named_parameters()):
         own.pop(table, None)  # a fixed table is computed, and stays as its config says
-    if table in own and table in weights and weights[table].shape != own[table].shape:
+    if table in own and table in weights and weights[table].shape[:-1] != own[table].shape[:-1]:
         weights[table] = _resampled(weights[table], backbone)
         report["resampled"].append(table)
         rank_zero_warn("the position table was interpolated to another grid: this brings a 2D prior back "

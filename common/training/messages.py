@@ -61,12 +61,21 @@ def _lineage(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A config file; {} where it cannot be read, which the parser reports by itself."""
+    """A config file; {} where it cannot be read, which the parser reports by itself.
+
+    Raises:
+        InputError: a group of keys is something else, which the parser would let pass.
+    """
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    for group in ("model", "data", "trainer", "checkpoint"):
+        if not isinstance(config.get(group, {}), dict):
+            raise InputError(f"{group}: {config[group]} in {path} is not a mapping of keys to values")
+    return config
 
 
 def _files(argv: list[str]) -> list[Path]:
@@ -74,14 +83,19 @@ def _files(argv: list[str]) -> list[Path]:
 
 
 def _classes(argv: list[str]) -> dict[str, type]:
-    """The classes that the config files and the command line name for `model` and `data`."""
+    """The classes that the config files name for `model` and `data`."""
     classes = {}
     for group in ("model", "data"):
-        names = [_load(path).get(group, {}).get("class_path") for path in _files(argv)]
-        names = [name for name in names if isinstance(name, str) and "." in name]
-        if names:
-            module, _, attribute = names[-1].rpartition(".")
-            classes[group] = getattr(importlib.import_module(module), attribute)
+        named = [(path, _load(path).get(group, {}).get("class_path")) for path in _files(argv)]
+        named = [(path, name) for path, name in named if isinstance(name, str) and "." in name]
+        if named:
+            path, name = named[-1]
+            module, _, attribute = name.rpartition(".")
+            try:
+                classes[group] = getattr(importlib.import_module(module), attribute)
+            except Exception as error:  # a module of one's own raises whatever is wrong with it
+                raise InputError(f"{group}.class_path: {name} in {path} cannot be imported "
+                                 f"({type(error).__name__}: {error})") from error
     return classes
 
 
@@ -113,7 +127,7 @@ def _known_keys(argv: list[str]) -> set[str]:
 def _typed_keys(argv: list[str]) -> list[tuple[str, str]]:
     """(key, where it stands) of everything in the config files and on the command line."""
     keys = [(key.removesuffix("+"), str(path)) for path in _files(argv) for key in flatten(_load(path))]
-    options = [a[2:].partition("=")[0] for a in argv if a.startswith("--")]
+    options = [a[2:].partition("=")[0] for a in argv if a.startswith("--") and a != "--"]
     return keys + [(key.removesuffix("+").replace(".init_args", ""), "the command line") for key in options]
 
 
@@ -130,7 +144,7 @@ def explain(message: str, error: Exception | None, argv: list[str]) -> str:
             return problem
     if "arguments are required" in message and not given_configs(argv):
         return "--config: name a config file of the study, as in --config STUDY/configs/NAME.yaml"
-    return _misspelt(argv) or _condensed(message)
+    return _foreign_class(message) or _misspelt(argv) or _condensed(message)
 
 
 def _unreadable(path: Path) -> str | None:
@@ -147,33 +161,72 @@ def _unreadable(path: Path) -> str | None:
     return None
 
 
+def _foreign_class(message: str) -> str | None:
+    found = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message)
+    return f"{_key(message)}.class_path: {found[1]} is no {found[2]}" if found else None
+
+
 def _misspelt(argv: list[str]) -> str | None:
-    try:
-        known = _known_keys(argv)
-    except (ImportError, AttributeError) as error:
-        return f"class_path: {error}"
+    known = _known_keys(argv)
     for key, where in _typed_keys(argv):
-        if key in known or key.endswith("class_path") or any(k.startswith(f"{key}.") for k in known):
-            continue
-        parents = {k for k in known if key.startswith(f"{k}.")}
-        if any(not any(k.startswith(f"{parent}.") for k in known) for parent in parents):
-            continue  # inside a value that is itself a class or a dict
-        near = difflib.get_close_matches(key, known, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key}: unknown key in {where}{hint}"
+        unknown = _unknown_part(key, known)
+        if unknown:
+            hint = _nearest(unknown, known)
+            return f"{unknown}: unknown key in {where}" + (f"; did you mean {hint}?" if hint else "")
     return None
+
+
+def _unknown_part(key: str, known: set[str]) -> str | None:
+    """`modle` of modle.size, `model.sise` of model.sise; None for a known key and inside a class or a dict."""
+    parts = key.split(".")
+    for length in range(1, len(parts) + 1):
+        part = ".".join(parts[:length])
+        group = any(k.startswith(f"{part}.") for k in known)
+        if not group:
+            return None if part in known or parts[length - 1] == "class_path" else part
+    return None
+
+
+def _nearest(key: str, known: set[str]) -> str | None:
+    """The nearest key of the same group, else of any: a long prefix in common says nothing of the name."""
+    group, dot, name = key.rpartition(".")
+    names = {k[len(group + dot):].partition(".")[0] for k in known if k.startswith(group + dot)}
+    beside = difflib.get_close_matches(name, names, 1)
+    return group + dot + beside[0] if beside else next(iter(difflib.get_close_matches(key, known, 1, 0.7)), None)
 
 
 def _condensed(message: str) -> str:
     """jsonargparse's nested report as one line: the whole key, the value, what would be right."""
-    key = ".".join(re.findall(r'[Pp]arser key "([^"]+)"', message))
+    key = _key(message)
     if not key:
         return " ".join(message.split())
     problem = re.findall(r"Problem with given class_path '([^']+)':\s*(.*)", message)
     if problem and not problem[-1][1].startswith("Parser key"):
-        return f"{key}: {problem[-1][0]}: {problem[-1][1]}"
-    values = re.findall(r"(?:Got|Given) value: (?!NestedArg)(.+)", message)
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
-    expected = [re.sub(r"<class '([^']+)'>|typing\.", r"\1", kind) for kind in dict.fromkeys(expected)]
-    kinds = [kind for kind in expected if kind != "NoneType" and not kind.startswith("path but")]
-    return f"{key}: {values[-1] if values else 'this value'} is not {' or '.join(kinds) or 'accepted'}"
+        return f"{key}{'.class_path' if key in ('model', 'data') else ''}: {problem[-1][0]}: {problem[-1][1]}"
+    # The innermost report comes first, and those around it repeat it for the whole class.
+    value = re.search(r"(?:(?:Got|Given) value|import path string): (?!NestedArg)(.+)|load config \"(.*)\"", message)
+    value = next(filter(None, value.groups())) if value else "this value"
+    return f"{key}: {value} {_rejection(value, message)}"
+
+
+def _key(message: str) -> str:
+    names = re.findall(r'[Pp]arser key "([^"]+)"', message)
+    return ".".join(name for name, before in zip(names, [None, *names], strict=False) if name != before)
+
+
+def _rejection(value: str, message: str) -> str:
+    """What the value is not: "is none of cls, avg", "is not an int or a float"."""
+    expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
+    choices = [choice for kind in expected if "Literal[" in kind for choice in re.findall(r"'([^']+)'", kind)]
+    kinds = [re.sub(r"<class '([^']+)'>", r"\1", kind) for kind in expected if "Literal[" not in kind]
+    kinds = [kind for kind in kinds if kind != "NoneType" and not kind.startswith("path but")]
+    if any(kind.startswith("dot import path") for kind in kinds):
+        return "is not the import path of a class"
+    if "load config" in message:
+        return "is not a mapping of keys to values"
+    if "float" in kinds and value.lstrip("+-.").lower() in ("nan", "inf"):
+        return "is not a finite number"
+    kinds = " or ".join(f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" for kind in kinds)
+    if choices:
+        return f"is not {kinds}, nor one of {', '.join(choices)}" if kinds else f"is none of {', '.join(choices)}"
+    return f"is not {kinds or 'accepted'}"

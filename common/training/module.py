@@ -51,6 +51,7 @@ class Experiment(L.LightningModule):
         self.init_from: str | None = None  # set by the command line for a fresh start alone
         self.initialised: dict[str, Any] = {}
         self.scores: dict[str, MetricCollection] = {}
+        self.trained_steps = 0  # of the checkpoint; Lightning restores its own count for training alone
 
     def build(self, data: GlobalBatchData) -> nn.Module:
         """The net for these data."""
@@ -142,7 +143,7 @@ class Experiment(L.LightningModule):
 
     def _end(self) -> None:
         # `step`: the x axis of these points is the optimiser steps done, as that of the training curves.
-        values = {"step": torch.tensor(float(self.trainer.global_step))}
+        values = {"step": torch.tensor(float(self.trainer.global_step or self.trained_steps))}
         for tag, scores in self.scores.items():
             values |= {f"{tag}/{name}": value.float() for name, value in scores.compute().items()}
         self.log_dict(values)
@@ -172,6 +173,7 @@ class Experiment(L.LightningModule):
         checkpoint["accumulation"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_steps = checkpoint["global_step"]
         if self.trainer.state.fn == "fit":
             rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
 

@@ -45,18 +45,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if (self.lr is None) == (self.base_lr is None):
-            raise InputError(f"optim: give one of lr (absolute) and base_lr (per 256 images), "
+            raise InputError(f"model.optim: give one of lr (absolute) and base_lr (per 256 images), "
                              f"got lr={self.lr} and base_lr={self.base_lr}")
         for name in ("lr", "base_lr", "min_lr", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"optim.{name}: {value} is not a finite number from 0 up")
+                raise InputError(f"model.optim.{name}: {value} is not a finite number from 0 up")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optim.betas: {list(self.betas)} are not both in [0, 1)")
+            raise InputError(f"model.optim.betas: {list(self.betas)} are not both in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
-            raise InputError(f"optim.ema: {self.ema} is not in [0, 1); leave it out to turn the average off")
+            raise InputError(f"model.optim.ema: {self.ema} is not in [0, 1); leave it out to turn the average off")
         if not 0 < self.layer_decay <= 1:
-            raise InputError(f"optim.layer_decay: {self.layer_decay} is not in (0, 1]; 1 turns it off")
+            raise InputError(f"model.optim.layer_decay: {self.layer_decay} is not in (0, 1]; 1 turns it off")
 
     def peak_lr(self, global_batch: int) -> float:
         return self.lr if self.lr is not None else self.base_lr * global_batch / 256
@@ -65,10 +65,11 @@ class Recipe:
         """The learning rate over the peak, as a function of the optimiser steps done."""
         warmup, total = self.warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
         if warmup > total:
-            raise InputError(f"optim.warmup_epochs: {self.warmup_epochs} is longer than the run of {epochs} epochs")
+            raise InputError(f"model.optim.warmup_epochs: {self.warmup_epochs} is longer than the run of {epochs} "
+                             "epochs")
         peak = self.peak_lr(global_batch)
         if self.min_lr > peak:
-            raise InputError(f"optim.min_lr: {self.min_lr} is above the peak learning rate {peak}")
+            raise InputError(f"model.optim.min_lr: {self.min_lr} is above the peak learning rate {peak}")
         floor = self.min_lr / peak if peak else 0.0
 
         def factor(step: int) -> float:

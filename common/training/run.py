@@ -22,6 +22,7 @@ from common.errors import InputError
 from common.identity import config_hash, covered, flatten
 from common.training.curves import Curves
 from common.training.recipe import effective_recipe, print_recipe
+from common.training.scores import print_scores
 
 # The same in every study, since TensorBoard takes the columns of HPARAMS from one run's summary.
 HEADLINES = (
@@ -58,6 +59,14 @@ def refuse_another_config(folder: Path, config: dict[str, Any]) -> None:
         keys = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in differing.items())
         raise InputError(f"{folder} holds a run of another config ({keys}); choose another --run_name, "
                          "or discard that run with --overwrite")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Before the data are read, and without leaving an empty folder behind."""
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--runs: {folder} cannot be written, for {place} is "
+                         f"{'read-only' if place.is_dir() else 'a file'}; name another folder")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -151,6 +160,8 @@ class RunFolder(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             self._collect(trainer, module)
+        else:
+            self._amend(trainer, module, "val", whole=trainer.num_val_batches == [len(trainer.val_dataloaders)])
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._write(trainer, "running", epoch=trainer.current_epoch + 1)  # Lightning counts it after this hook
@@ -169,10 +180,16 @@ class RunFolder(L.Callback):
     # Evaluation of a trained run: its metrics join those of the training
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._amend(trainer)
+        self._amend(trainer, module, "test", whole=trainer.num_test_batches == [len(trainer.test_dataloaders)])
 
-    def _amend(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
+    def _amend(self, trainer: L.Trainer, module: L.LightningModule, split: str, whole: bool) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule
+        images = f"{len(data.sets[split]):,} images" if whole else "not all images, so results.json stays as it is"
+        print(f"{self.folder} after {module.trained_steps:,} steps on {data.dataset}, {split}: {images}")
+        print_scores({tag: float(value) for tag, value in trainer.callback_metrics.items() if tag != "step"})
+        if whole:
             results = read_results(self.folder)
             results.setdefault("metrics", {}).update(_finite(trainer.callback_metrics))
             write_atomically(self.folder / "results.json", json.dumps(results, indent=2))

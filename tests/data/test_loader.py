@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from common.data.loader import EvaluationOrder, GlobalBatchData, TrainOrder
+from common.data.loader import EvaluationOrder, GlobalBatchData, TrainOrder, rescale_progress
 from common.errors import InputError
 from common.training.checkpoints import Checkpoints
 
@@ -68,8 +68,6 @@ def test_going_on_yields_the_rest_of_the_epoch():
     whole = list(order(50, 16, 4, 2, rank=1, epoch=2))
     for done in range(len(whole)):
         assert list(order(50, 16, 4, 2, rank=1, epoch=2, done=done)) == whole[done:]
-    # All done is the start of the next epoch, which the position then names.
-    assert list(order(50, 16, 4, 2, rank=1, epoch=2, done=len(whole))) == whole
 
 
 def test_the_position_is_read_when_the_first_batch_is_asked_for():
@@ -92,11 +90,12 @@ def test_evaluation_sees_every_image_once_without_padding(images, batch, ranks):
 # From the global batch to micro-batches
 
 
-def divided(images: int, batch_size: int, batch_per_device: int | str, ranks: int = 1, fit: int = 1) -> GlobalBatchData:
+def divided(images: int, batch_size: int, batch_per_device: int | str, ranks=1, fit=1, limit=1.0) -> GlobalBatchData:
     data = GlobalBatchData(batch_size, batch_per_device)
     data.sets = {"train": torch.zeros(images), "val": torch.zeros(1)}
     module = SimpleNamespace(images_that_fit=lambda _: fit, whole_batch=False)
-    data.trainer = SimpleNamespace(world_size=ranks, global_rank=0, seed=0, lightning_module=module)
+    data.trainer = SimpleNamespace(world_size=ranks, global_rank=0, seed=0, lightning_module=module,
+                                   limit_train_batches=limit)
     data.setup("fit")
     return data
 
@@ -115,6 +114,24 @@ def test_division(images, batch_size, most, ranks, expected):
     found = data.global_batch, data.micro_batch, data.trainer.accumulate_grad_batches, data.steps_per_epoch
     assert found == expected
     assert divided(images, batch_size, "auto", ranks, fit=most).micro_batch == data.micro_batch
+
+
+@pytest.mark.parametrize("limit, steps", [(1.0, 12), (0.5, 6), (6, 3), (1000, 12)])
+def test_a_limited_epoch_has_fewer_steps(limit, steps):
+    assert divided(100, 8, 4, limit=limit).steps_per_epoch == steps
+
+
+def test_a_loss_over_the_whole_batch_is_not_divided():
+    data = GlobalBatchData(8, 4)
+    data.sets = {"train": torch.zeros(100), "val": torch.zeros(1)}
+    module = SimpleNamespace(images_that_fit=lambda _: 8, whole_batch=True)
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, seed=0, lightning_module=module,
+                                   limit_train_batches=1.0)
+    with pytest.raises(InputError, match="data.batch_size: .* needs the 8 images .* but it holds 4"):
+        data.setup("fit")
+    data.batch_per_device = "auto"
+    data.setup("fit")
+    assert data.micro_batch == 8
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
@@ -168,6 +185,17 @@ class Seen(L.Callback):
             raise RuntimeError("out of order")
         for place, epoch, index in torch.stack([batch["place"], batch["epoch"], batch["index"]]).T.tolist():
             self.draws[trainer.global_step, place] = epoch, index
+
+
+@pytest.mark.parametrize("saved, accumulation, expected", [(1, 4, 112), (4, 2, 14), (7, 1, 4), (2, 2, 28)])
+@pytest.mark.parametrize("pending", [0, 1])  # at the end of an epoch, and of a batch, which is then not yet completed
+def test_progress_is_rescaled(saved, accumulation, expected, pending):
+    counts = {"ready": 28, "started": 28, "processed": 28, "completed": 28 - pending}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+    checkpoint = {"accumulation": saved, "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}
+    rescale_progress(checkpoint, accumulation)
+    for found in (progress["total"], progress["current"]):
+        assert found == {"ready": expected, "started": expected, "processed": expected, "completed": expected - pending}
 
 
 def final_weights(trainer: L.Trainer) -> torch.Tensor:

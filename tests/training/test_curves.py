@@ -1,0 +1,108 @@
+"""What the curves say is true: loss of the whole batch, images over training time, and nothing that is not finite."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.training.checkpoints import Checkpoints, read
+from common.training.curves import Curves
+from supervised import Classification
+
+
+class Time(L.Callback):
+    """A clock that runs half a second per batch, ten in validation and five when an epoch ends."""
+
+    def __init__(self, curves: Curves) -> None:
+        self.now = 100.0
+        curves.clock = lambda: self.now
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
+        self.now += 0.5
+
+    def on_validation_start(self, trainer: L.Trainer, *_) -> None:
+        self.now += 10
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_) -> None:
+        self.now += 5
+
+
+@pytest.mark.parametrize("batch_per_device, seconds", [(8, 0.5), (2, 2.0)])
+def test_images_per_second_counts_training_time_alone(train: Callable, scalars: Callable, batch_per_device, seconds):
+    curves = Curves()
+    trainer = train(Time(curves), curves, epochs=3, batch_per_device=batch_per_device, log_every_n_steps=2)
+    speeds = scalars(trainer.logger.log_dir)["train/images_per_second"]
+    assert speeds == [(step, pytest.approx(8 / seconds)) for step in range(2, 15, 2)]
+
+
+class Losses(L.Callback):
+    """The loss of each step's global batch, computed anew before it, and the learning rate of the step."""
+
+    def __init__(self) -> None:
+        self.expected: list[float] = []
+        self.rates: list[float] = []
+        self.step, self.parts = -1, []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Classification, batch: dict, _: int) -> None:
+        with torch.no_grad():
+            loss = F.cross_entropy(module.net(batch["image"]), batch["label"], reduction="none")
+        self.parts = [*self.parts, *loss.tolist()] if trainer.global_step == self.step else loss.tolist()
+        self.step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Classification, optimizer) -> None:
+        self.expected.append(sum(self.parts) / len(self.parts))
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("batch_per_device", [8, 4, 2])
+def test_the_loss_is_that_of_the_global_batch(train: Callable, scalars: Callable, batch_per_device):
+    losses = Losses()
+    written = scalars(train(losses, Curves(), batch_per_device=batch_per_device).logger.log_dir)
+    assert written["train/loss"] == [pytest.approx(point, abs=1e-6) for point in enumerate(losses.expected, start=1)]
+    assert written["train/lr"] == [pytest.approx(point) for point in enumerate(losses.rates, start=1)]
+
+
+def test_validation_has_the_same_axis(train: Callable, scalars: Callable):
+    written = scalars(train(Curves(), log_every_n_steps=5).logger.log_dir)
+    assert [step for step, _ in written["val/loss"]] == [step for step, _ in written["train/loss"]] == [5, 10]
+
+
+def test_mfu_is_the_share_of_the_peak(train: Callable):
+    curves = Curves(peak_flops=1e6)
+    module = train(Time(curves), curves).lightning_module
+    forward = module.cost(module.net).forward_flops
+    assert curves.values["train/mfu"] == pytest.approx(3 * forward * 8 / 0.5 / 1e6)
+
+
+class Poison(L.Callback):
+    """Makes a weight not a number after a given step, as a diverged optimiser does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Classification, *_) -> None:
+        if trainer.global_step == self.step:
+            module.net.head.bias.data[0] = torch.nan
+
+
+@pytest.mark.parametrize("log_every_n_steps, step", [(1, 8), (50, 9)])
+def test_a_diverged_run_stops_and_what_was_saved_is_sound(train: Callable, tmp_path: Path, log_every_n_steps, step):
+    """Also where the epoch, or the whole run, ends before the next point of the curves."""
+    with pytest.raises(FloatingPointError, match=f"at step {step};"):
+        train(Poison(7), Curves(), Checkpoints(every_n_steps=3), log_every_n_steps=log_every_n_steps)
+    saved = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 6
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_a_diverged_command_leaves_with_1_and_says_where(command: Callable, tmp_path: Path):
+    outcome = command("fit", "--run_name", "wild", "--model.optim.lr", "1e30", "--trainer.log_every_n_steps", "1")
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith("failed: FloatingPointError: train/loss is ")
+    assert "at step " in outcome.err and "Traceback" not in outcome.err
+    results = json.loads((tmp_path / "runs/supervised/wild/results.json").read_text())
+    assert results["status"] == "failed" and results["error"].startswith("FloatingPointError")
