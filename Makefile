@@ -21,7 +21,7 @@ demo: setup  ## train ViT/1 against ViT/2 on handwritten digits and compare them
 	@echo "curves: $(RUN) -m tensorboard.main --logdir runs"
 
 test: setup lint  ## run the test suite (at most 20 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not soak"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not soak"
 
 soak: setup  ## run the long fault tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m soak

@@ -11,6 +11,9 @@ from typing import NoReturn
 
 from common.errors import InputError
 
+# A path that is not there or cannot be written; a disk that is full or broken is another thing.
+_PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Calls `main` with the command line and leaves with its exit code: 2 for a user's mistake, 1 for any other fault.
@@ -19,6 +22,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    formatted = warnings.formatwarning
     if not debug:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our source
     try:
@@ -37,12 +41,14 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
             print(message, file=sys.stderr)
         code = 2 if mistake else 1
+    finally:
+        warnings.formatwarning = formatted  # a test goes on in this process
     sys.exit(code)
 
 
 def _mistake(error: BaseException | None) -> InputError | None:
     """The user's mistake behind an error: parsers and loader processes wrap it, a file's name tells it."""
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, _PLACES) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     while error is not None:
         if isinstance(error, InputError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ def read_curves(folder: Path, tags: Sequence[str], images_per_step: int = 1) -> 
     for file in sorted(folder.glob("events.out.tfevents.*"), key=_started):
         events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
         for tag in set(tags) & set(events.Tags()["scalars"]):
-            curves[tag] |= {event.step * images_per_step: event.value for event in events.Scalars(tag)}
+            curves[tag] |= {event.step * images_per_step: event.value for event in events.Scalars(tag)
+                            if math.isfinite(event.value)}  # HPARAMS starts each headline metric as NaN
     return {tag: dict(sorted(curve.items())) for tag, curve in curves.items()}
 
 

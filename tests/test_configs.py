@@ -209,7 +209,8 @@ def test_it_trains_two_steps(name: str, tokens: int, overrides: tuple[str, ...],
     arm("cifar100", 1024),
     arm("cifar100", 1024, "--model.size", "small"),
     arm("flowers102", 1024),
-    arm("imagenet28", 784),
+    arm("imagenet28", 784, "--model.size", "tiny"),
+    arm("imagenet28", 784, soak=True),
     arm("imagenet28", 784, "--model.size", "large", soak=True),
     arm("imagenet64", 16, "--model.patch_size", "16"),
     arm("imagenet64", 4096, soak=True),
@@ -221,10 +222,10 @@ def test_it_trains_two_steps(name: str, tokens: int, overrides: tuple[str, ...],
 def test_it_trains_two_steps_within_24_gb(
     name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path
 ) -> None:
-    options = ["--config", CONFIGS[name], "--runs", runs, "--run_name", "a", "--data.root", root, *TWO_STEPS, *overrides]
+    places = ["--config", CONFIGS[name], "--runs", runs, "--run_name", "a", "--data.root", root]
+    argv = [sys.executable, "-m", "supervised", "fit", *places, *TWO_STEPS, *overrides]
     with open(runs / "output", "w") as output:
-        process = subprocess.Popen([sys.executable, "-m", "supervised", "fit", *options], cwd=ROOT,
-                                   stdout=output, stderr=output)  # fmt: skip
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)  # the peak of this process alone
     assert status == 0, (runs / "output").read_text()
     assert usage.ru_maxrss * 1024 < 24e9

@@ -95,7 +95,7 @@ class Checkpoints(Checkpoint):
         # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
         if not all(parameter.isfinite().all() for parameter in module.parameters()):
             raise FloatingPointError(f"weights are not finite at step {trainer.global_step}; the last checkpoint is "
-                                     "kept. Try a lower optim.lr, or a longer warm-up")
+                                     "kept. Try a lower model.optim.lr, or a longer warm-up")
         if trainer.is_global_zero:
             trainer.logger.experiment.flush()  # the curves up to this step must survive with it
         trainer.save_checkpoint(folder_of(trainer) / LAST, weights_only=False)

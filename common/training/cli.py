@@ -16,6 +16,8 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.command import run_command
@@ -94,8 +96,8 @@ class StudyCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         description = f"{importlib.import_module(self.study).__doc__} --debug shows the traceback of an error."
-        return super().init_parser(**{"prog": f"python -m {self.study}", "description": description, "given": self.given,
-                                       **kwargs})
+        own = {"prog": f"python -m {self.study}", "description": description, "given": self.given}
+        return super().init_parser(**(own | kwargs))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -121,10 +123,11 @@ class StudyCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self.options = self.config[self.subcommand]
         self.resolved = self._resolved(self.config)
-        self.folder = Path(self.options.runs) / self.study / (self.options.run_name or self._default_name())
-        if self.options.run_name and self.folder.name != self.options.run_name or self.folder.name == "..":
-            raise InputError(f"--run_name: {self.options.run_name} is not the name of a folder; --runs says where it lies")
-        self.resolved["run_name"] = self.folder.name
+        name = self.options.run_name or self._default_name()
+        if name != Path(name).name or name == "..":
+            raise InputError(f"--run_name: {name} is not the name of a folder; --runs says where it lies")
+        self.folder = Path(self.options.runs) / self.study / name
+        self.resolved["run_name"] = name
         self.checkpoint: Path | None = None
         if self.execute:
             run.refuse_unwritable(self.folder)
@@ -167,11 +170,11 @@ class StudyCLI(LightningCLI):
         run.refuse_another_config(self.folder, self.resolved)
         results = run.read_results(self.folder)
         if results.get("status") == "finished":
-            print(f"finished: {self.folder}, epoch {results.get('epoch')}; "
-                  "train it anew with --overwrite, or on with --continue_from")
+            rank_zero_only(print)(f"finished: {self.folder}, epoch {results.get('epoch')}; "
+                                  "train it anew with --overwrite, or on with --continue_from")
             raise SystemExit(0)
         for leftover in (self.folder / "checkpoints").glob("*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # another rank may be quicker
         self.checkpoint = newest_readable(self.folder / "checkpoints") or self._continued()
 
     def _check_epochs(self) -> None:
@@ -180,7 +183,8 @@ class StudyCLI(LightningCLI):
             raise InputError(f"trainer.max_steps: {trainer.max_steps} is not used, since Lightning does not resume it "
                              "exactly; give the length of the run as trainer.max_epochs")
         if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise InputError(f"trainer.max_epochs: {trainer.max_epochs}; give the length of the run in epochs, 1 or more")
+            raise InputError(f"trainer.max_epochs: {trainer.max_epochs}; give the length of the run in epochs, 1 or "
+                             "more")
 
     def _continued(self) -> Path | None:
         if not self.options.continue_from:
@@ -195,7 +199,8 @@ class StudyCLI(LightningCLI):
             raise InputError(f"--continue_from: {source} was trained otherwise: " + "; ".join(
                 f"{key}: {old} there, {new} here" for key, (old, new) in differing.items()))
         if flatten(self.resolved).get("model.optim.schedule") != "constant":
-            raise InputError("--continue_from: needs model.optim.schedule=constant; a cosine has ended where the run ended")
+            raise InputError("--continue_from: needs model.optim.schedule=constant; a cosine has ended where the run "
+                             "ended")
         return checkpoint
 
     def _before_evaluation(self) -> None:
@@ -211,12 +216,16 @@ class StudyCLI(LightningCLI):
         curves = Curves()
         callbacks = [Progress(curves), curves, run.RunFolder(self.study, self.folder, self.resolved, curves)]
         own = self._get(self.config_init, "trainer").get("callbacks") or []
-        ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO()], "logger": self._logger(),
+        # Lightning's requeueing would save in the signal handler, in mid-step, what no start reads.
+        slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+        ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO(), *slurm], "logger": self._logger(),
                 "default_root_dir": str(self.folder), "enable_progress_bar": False}
         try:
             trainer = super().instantiate_trainer(**ours, **kwargs)
         except (MisconfigurationException, ValueError) as error:  # devices that are not there, a malformed max_time
             raise InputError(f"trainer: {error}") from error
+        # The checkpoint that was found here and no other: inside Slurm Lightning would take any hpc_ckpt_*.ckpt about.
+        trainer._checkpoint_connector._parse_ckpt_path = lambda _, path, **__: path
         trainer.seed = self.options.seed_everything
         self.model.init_from = None if self.checkpoint else self.options.init_from
         return trainer
@@ -263,6 +272,7 @@ def quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
+        ".*`srun` command is available.*",  # where Slurm is installed, a run outside it is no mistake
         ".*does not have many workers.*",  # resident data need none
         ".*dataloader is not resumable.*",  # the order reads its position from the restored progress
         ".*is smaller than the logging interval.*",

@@ -10,20 +10,19 @@ import lightning as L
 import torch
 from torch.optim import Optimizer
 
+from common.model.flops import peak_flops
+
 
 class Curves(L.Callback):
     """Writes `train/loss`, `train/lr`, `train/images_per_second` and `train/mfu` every `log_every_n_steps` steps.
 
     The loss is that of the step's whole global batch. Between two points nothing is read from the device, so a step
-    never waits for it. The x axis counts optimiser steps done, in validation too.
-
-    Args:
-        peak_flops: of all devices together, for the share of it that the model's own FLOPs reach (mfu); None leaves
-            mfu out.
+    never waits for it. The x axis counts optimiser steps done, in validation too. `train/mfu`, the share of the
+    devices' peak that the model's own FLOPs reach, is left out where the peak is not known.
     """
 
-    def __init__(self, peak_flops: float | None = None) -> None:
-        self.peak_flops = peak_flops
+    def __init__(self) -> None:
+        self.peak_flops: float | None = None  # of all devices together
         self.values: dict[str, float] = {}
         self.clock = time.perf_counter  # replaced in tests
         self._loss: torch.Tensor | float = 0.0
@@ -35,7 +34,13 @@ class Curves(L.Callback):
         self._started, self._steps = self.clock(), 0
 
     # Validation, and what the end of an epoch writes, are not training time.
-    on_train_start = on_validation_end = on_train_epoch_start = _restart_clock
+    on_validation_end = on_train_epoch_start = _restart_clock
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        device = trainer.strategy.root_device
+        if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
+            self.peak_flops = peak * trainer.world_size
+        self._restart_clock()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         self._lr = max(group["lr"] for group in optimizer.param_groups)  # the schedule moves on before the batch ends

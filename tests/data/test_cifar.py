@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import archives
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,26 +47,13 @@ def python2(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def archive(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def binary10(root: Path) -> None:
-    files = {f"data_batch_{i + 1}.bin": range(2 * i, 2 * i + 2) for i in range(5)} | {"test_batch.bin": range(10, 12)}
-    archive(root / "cifar-10-binary.tar.gz", {
-        "cifar-10-batches-bin/batches.meta.txt": b"airplane\n",
-        **{f"cifar-10-batches-bin/{name}": b"".join(bytes([LABELS[i]]) + PICTURES[i].tobytes() for i in rows)
-           for name, rows in files.items()},
-    })  # fmt: skip
+    archives.cifar10(root, PICTURES, LABELS, test=2)
 
 
 def python10(root: Path) -> None:
     files = {f"data_batch_{i + 1}": range(2 * i, 2 * i + 2) for i in range(5)} | {"test_batch": range(10, 12)}
-    archive(root / "cifar-10-python.tar.gz", {
+    archives.tar_gz(root / "cifar-10-python.tar.gz", {
         f"cifar-10-batches-py/{name}": python2({
             b"batch_label": b"training batch", b"labels": [LABELS[i] for i in rows], b"data": PICTURES[list(rows)],
             b"filenames": [b"x.png"] * len(rows)})
@@ -99,13 +87,11 @@ def test_cifar10_as_published(lay_out: Callable[[Path], None], tmp_path: Path) -
 def test_cifar100_takes_the_fine_labels(form: str, tmp_path: Path) -> None:
     coarse, fine = [3, 19], [99, 40]
     if form == "binary":
-        data = b"".join(bytes([coarse[i], fine[i]]) + PICTURES[i].tobytes() for i in range(2))
-        archive(tmp_path / "cifar-100-binary.tar.gz",
-                {"cifar-100-binary/train.bin": data, "cifar-100-binary/test.bin": data})
+        archives.cifar100(tmp_path, PICTURES[:2], coarse, fine)
     else:
         data = python2({b"coarse_labels": coarse, b"fine_labels": fine, b"data": PICTURES[:2]})
-        archive(tmp_path / "cifar-100-python.tar.gz",
-                {"cifar-100-python/train": data, "cifar-100-python/test": data})
+        archives.tar_gz(tmp_path / "cifar-100-python.tar.gz",
+                        {"cifar-100-python/train": data, "cifar-100-python/test": data})
     train = Cifar100().read(tmp_path, "train")
     assert train.labels.tolist() == fine and train.images.flatten(1).numpy().tolist() == PICTURES[:2].tolist()
 

@@ -5,11 +5,11 @@ import math
 import subprocess
 from pathlib import Path
 
+import archives
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
 from sklearn.datasets import load_digits
 
 from common.data import Digits, Flowers102, ImageFolder, ImageNet, Shapes
@@ -17,12 +17,6 @@ from common.data.folders import decode
 from common.data.inventory import describe, inventory
 from common.data.sources import SPLITS
 from common.errors import InputError
-
-
-def save(path: Path, size: tuple[int, int] = (8, 8), colour: tuple[int, int, int] = (200, 30, 60)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
 
 
 def test_digits_are_split_without_overlap_and_by_class() -> None:
@@ -116,14 +110,14 @@ def test_cues_conflict() -> None:
 
 def test_a_folder_with_splits(tmp_path: Path) -> None:
     for name in ("train/cat/1.jpg", "train/dog/2.PNG", "train/dog/notes.txt", "val/dog/3.jpeg"):
-        save(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
+        archives.picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("")
     source = ImageFolder(str(tmp_path))
     assert source.class_names(Path()) == ["cat", "dog"]
     train, val = source.read(Path(), "train"), source.read(Path(), "val")
     assert [Path(file).name for file in train.images] == ["1.jpg", "2.PNG"] and train.labels.tolist() == [0, 1]
     assert val.labels.tolist() == [1] and source.read(Path(), "test").images == val.images
     assert describe(source, Path())[1:3] == ["  train: 2 images, 1 a class", "  val: 1 images, 0 to 1 a class"]
-    save(tmp_path / "val/wolf/4.jpg")
+    archives.picture(tmp_path / "val/wolf/4.jpg")
     with pytest.raises(InputError, match="wolf: not one of the 2 classes"):
         source.read(Path(), "val")
     (tmp_path / "train/emu").mkdir()
@@ -146,10 +140,10 @@ def test_a_folder_without_splits_is_dealt_out_for_good(tmp_path: Path) -> None:
 
 def test_imagenet_and_its_flat_val(tmp_path: Path) -> None:
     for wnid in ("n01440764", "n03995372"):
-        save(tmp_path / "imagenet/train" / wnid / f"{wnid}_1.JPEG")
+        archives.picture(tmp_path / "imagenet/train" / wnid / f"{wnid}_1.JPEG")
     names = {f"ILSVRC2012_val_{i:08d}": ["n03995372", "n01440764"][i % 2] for i in range(4)}
     for name in names:
-        save(tmp_path / "imagenet/val" / f"{name}.JPEG")
+        archives.picture(tmp_path / "imagenet/val" / f"{name}.JPEG")
     with pytest.raises(InputError, match="lie flat") as caught:
         ImageNet().read(tmp_path, "val")
     # The command that the message gives mends it, given the published list.
@@ -166,12 +160,7 @@ def test_imagenet_and_its_flat_val(tmp_path: Path) -> None:
 
 
 def test_flowers_official_split(tmp_path: Path) -> None:
-    folder = tmp_path / "flowers-102"
-    for i in range(1, 7):
-        save(folder / "jpg" / f"image_{i:05d}.jpg")
-    savemat(folder / "imagelabels.mat", {"labels": np.array([[102, 5, 1, 77, 3, 9]], np.uint8)})
-    savemat(folder / "setid.mat", {"trnid": np.array([[6, 1]]), "valid": np.array([[2]]),
-                                   "tstid": np.array([[3, 4, 5]])})  # fmt: skip
+    folder = archives.flowers102(tmp_path, [102, 5, 1, 77, 3, 9], train=[6, 1], val=[2], test=[3, 4, 5])
     train = Flowers102().read(tmp_path, "train")
     assert [Path(f).name for f in train.images] == ["image_00006.jpg", "image_00001.jpg"]
     assert train.labels.tolist() == [8, 101]

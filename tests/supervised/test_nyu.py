@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 
+import archives
 import h5py
 import numpy as np
 import pytest
@@ -29,13 +30,7 @@ def matlab_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "nyu_depth_v2"
-    folder.mkdir()
-    images, depths = matlab_arrays()
-    with h5py.File(folder / "nyu_depth_v2_labeled.mat", "w") as file:
-        for name, array in {"images": images, "rawDepths": depths, "depths": depths + 1}.items():
-            file.create_dataset(name, data=array.T, chunks=(1, *array.T.shape[1:]), compression="gzip")
-    savemat(folder / "splits.mat", {"trainNdxs": np.array([[3], [1]]), "testNdxs": np.array([[2], [4], [5]])})
+    archives.nyu_depth_v2(tmp_path, *matlab_arrays(), train=[3, 1], test=[2, 4, 5])
     return tmp_path
 
 

@@ -72,7 +72,8 @@ def test_validation_has_the_same_axis(train: Callable, scalars: Callable):
 
 
 def test_mfu_is_the_share_of_the_peak(train: Callable):
-    curves = Curves(peak_flops=1e6)
+    curves = Curves()
+    curves.peak_flops = 1e6
     module = train(Time(curves), curves).lightning_module
     forward = module.cost(module.net).forward_flops
     assert curves.values["train/mfu"] == pytest.approx(3 * forward * 8 / 0.5 / 1e6)

@@ -14,7 +14,7 @@ import torch
 COMMAND = [
     "fit", "--config", "supervised/configs/digits.yaml", "--run_name", "run", "--trainer.max_epochs", "3",
     "--model.drop_path", "0.2", "--model.mixup", "0.8", "--model.cutmix", "1.0", "--model.optim.ema", "0.9",
-    "--model.optim.warmup_epochs", "1", "--data.batch_per_device", "32", 
+    "--model.optim.warmup_epochs", "1", "--data.batch_per_device", "32",
     "--data.augment.flip", "0.5", "--checkpoint.every_n_steps", "2",
 ]  # fmt: skip
 
