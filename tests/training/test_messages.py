@@ -39,7 +39,7 @@ def refused(outcome) -> str:
     (["--model.patch_size", "3"], ["patch_size=3", "8x8", "nearest that do"]),
     (["--model.heads", "5"], ["heads=5"]),
     (["--model.size", "huge"], ["huge", "nano"]),
-    (["--model.optim.base_lr", "1e-3"], ["optim", "lr=0.002 and base_lr=0.001"]),
+    (["--model.optim.base_lr", "1e-3"], ["optim", "lr=0.004 and base_lr=0.001"]),
     (["--model.optim.schedule", "linear"], ["model.optim.schedule: linear is none of cosine, constant"]),
     (["--model.optim.warmup_epochs", "9"], ["optim.warmup_epochs", "9", "2 epochs"]),
     (["--model.mixup", "-1"], ["model.mixup: -1"]),
@@ -161,7 +161,7 @@ def test_the_same_command_again(command: Callable, tmp_path: Path):
     assert (folder / "checkpoints/last.ckpt").stat().st_mtime_ns == written
 
     line = refused(command("fit", "--run_name", "a", "--model.optim.lr", "1e-3", "--trainer.max_epochs", "3"))
-    assert "model.optim.lr: 0.002 there, 0.001 here" in line and "trainer.max_epochs: 2 there, 3 here" in line
+    assert "model.optim.lr: 0.004 there, 0.001 here" in line and "trainer.max_epochs: 2 there, 3 here" in line
     assert "--run_name" in line and "--overwrite" in line
     assert all(torch.equal(value, weights(folder)[key]) for key, value in first.items())
     assert refused(command("test", "--run_name", "a", "--model.optim.lr", "1e-3"))

@@ -113,7 +113,7 @@ def test_results_of_a_run_and_its_test(command: Callable, scalars: Callable, tmp
     assert (found["epoch"], found["step"], found["images_seen"]) == (3, 27, 27 * 128)
     assert (found["weights"], found["seed"], found["parameters"]) == ("ema", 4, 3850)
     assert found["config_hash"] == config_hash(yaml.safe_load((folder / "config.yaml").read_text()))
-    assert found["recipe"]["steps"] == 27 and found["recipe"]["learning rate"] == found["lr"] == 2e-3
+    assert found["recipe"]["steps"] == 27 and found["recipe"]["learning rate"] == found["lr"] == 4e-3
 
     curves, metrics = scalars(folder), found["metrics"]
     for tag in ("val/loss", "val/acc1", "val/acc5", "val_raw/loss", "val_raw/acc1", "val_raw/acc5"):
@@ -146,7 +146,7 @@ def test_hparams_read_back(command: Callable, scalars: Callable, tmp_path: Path)
     assert command("fit", "--run_name", "a", "--model.position", "none").code == 0
     values, names = hyperparameters(tmp_path / "runs/supervised/a")
     assert values == {"study": "supervised", "dataset": "digits", "size": "nano", "patch_size": 4, "position": "none",
-                      "pool": "cls", "lr": 0.002, "batch_size": 128, "epochs": 2, "seed": 0}  # fmt: skip
+                      "pool": "cls", "lr": 0.004, "batch_size": 128, "epochs": 2, "seed": 0}  # fmt: skip
     assert names == set(run.HEADLINES)
     curves = scalars(tmp_path / "runs/supervised/a")
     assert math.isnan(curves["test/fid"][0][1])  # a column of other studies
