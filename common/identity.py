@@ -10,7 +10,7 @@ from typing import Any
 # Devices, nodes, workers, logging and paths do not belong to it.
 COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
 COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
-                   "overfit_batches")
+                   "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
                "data.max_unreadable")
 

@@ -31,6 +31,7 @@ class Classification(Experiment):
         vit: the model's options, see `common.model.VisionTransformer`.
     """
 
+    data_class = ImageData
     headline = "acc1"
 
     def __init__(

@@ -41,6 +41,7 @@ class Depth(Experiment):
         vit: the model's options, see `common.model.VisionTransformer`.
     """
 
+    data_class = DepthData
     headline = "rmse"
     higher_is_better = False
     whole_batch = True  # the variance in the scale-invariant loss

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: beside a busy pro
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from small import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
 
@@ -21,10 +22,6 @@ from common.training.trainer import Trainer
 from supervised import Classification
 
 DIGITS = Path(__file__).parent.parent / "supervised" / "configs" / "digits.yaml"
-# A model of 3,850 parameters on 4 tokens: 9 steps an epoch take 0.1 s.
-SMALL = ["--model.patch_size", "4", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
-         "--model.optim.warmup_epochs", "1", "--trainer.max_epochs", "2"]  # fmt: skip
-
 
 class Outcome(NamedTuple):
     """What a user sees of a command."""

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL
 from scipy.io import savemat
+from small import SMALL
 
 from common.training.checkpoints import read
 

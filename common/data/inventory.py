@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.data.cifar import Cifar10, Cifar100
-from common.data.folders import Flowers102, ImageNet
-from common.data.shapes import Shapes
-from common.data.sources import SPLITS, Digits, Source
-from common.errors import InputError
+from common.data.sources import SPLITS, Source
 
 
 def describe(source: Source, root: Path) -> list[str]:
@@ -25,15 +21,4 @@ def describe(source: Source, root: Path) -> list[str]:
         least, most = counts.min().item(), counts.max().item()
         each = f"{least}" if least == most else f"{least} to {most}"
         lines.append(f"  {split}: {counts.sum().item()} images, {each} a class")
-    return lines
-
-
-def inventory(root: Path) -> list[str]:
-    """`describe` of every source that has its place below the root; for a missing one, what was looked for."""
-    lines = []
-    for source in (Digits(), Shapes(), Cifar10(), Cifar100(), Flowers102(), ImageNet()):
-        try:
-            lines += describe(source, root)
-        except InputError as error:
-            lines.append(f"{source.name}: {error}")
     return lines

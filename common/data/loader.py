@@ -143,11 +143,13 @@ class GlobalBatchData(L.LightningDataModule):
                              f"micro-batches of at most {most}; {near * ranks} would")
         trainer.accumulate_grad_batches = per_device // self.micro_batch
         batches, limit = len(self._order()), trainer.limit_train_batches
-        self._batches_per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        self.steps_per_epoch = self._batches_per_epoch // trainer.accumulate_grad_batches
+        limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        self.steps_per_epoch = limited // trainer.accumulate_grad_batches
         if not self.steps_per_epoch:
             raise InputError(f"trainer.limit_train_batches: {limit} leaves no optimiser step in an epoch of {batches} "
                              f"micro-batches, {trainer.accumulate_grad_batches} a step")
+        # Whole steps: Lightning would take one more, with the micro-batches that are left.
+        trainer.limit_train_batches = self._batches_per_epoch = self.steps_per_epoch * trainer.accumulate_grad_batches
 
     def _order(self) -> TrainOrder:
         trainer = self.trainer

@@ -69,6 +69,8 @@ class Checkpoints(Checkpoint):
         last_of_epoch = i + 1 == trainer.num_training_batches
         if stepped and not last_of_epoch and trainer.global_step % self.every_n_steps == 0:
             self._save(trainer, module)
+        if last_of_epoch and trainer.current_epoch + 1 == trainer.max_epochs and trainer.check_val_every_n_epoch:
+            trainer.check_val_every_n_epoch = 1  # a run's results are those of its last epoch
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epochs = trainer.current_epoch + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import re
 import sys
@@ -41,6 +42,16 @@ OPTIONS = {
     "init_from": (str | None, None, "start from the weights of a run folder, a checkpoint or a timm state dict"),
     "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs"),
     "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),
+}
+
+
+# Options of Lightning's Trainer that the suite answers itself, and what to give instead.
+OVERRULED = {
+    "accumulate_grad_batches": "micro-batches follow from data.batch_size and data.batch_per_device",
+    "fast_dev_run": "it would leave a finished run; give trainer.max_epochs and trainer.limit_train_batches",
+    "default_root_dir": "--runs and --run_name say where a run lies",
+    "logger": "a run folder holds TensorBoard's events",
+    "plugins": "the suite has its own, for checkpoints and Slurm",
 }
 
 
@@ -114,7 +125,7 @@ class StudyCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         self.config = parser.parse_args(args)
         seed = self.config[self.config.subcommand].seed_everything
-        if not 0 <= seed < 2**32:
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:  # Lightning would draw one of its own for true
             raise InputError(f"seed_everything: {seed} is not between 0 and 4294967295")
 
     def _parse_ckpt_path(self) -> None:
@@ -153,20 +164,22 @@ class StudyCLI(LightningCLI):
         if not files:
             raise InputError("--config: name a config file, as in --config "
                              f"{self.study}/configs/digits.yaml; `ls {self.study}/configs` lists them")
-        plain = self._resolved(self.parser.parse_args(with_extended([self.subcommand, "--config", str(files[0])])))
-        return run.default_name(files[0].stem, self.resolved, plain)
+        alone = [word for file in files for word in ("--config", str(file))]
+        plain = self._resolved(self.parser.parse_args(with_extended([self.subcommand, *alone])))
+        return run.default_name("+".join(file.stem for file in files), self.resolved, plain)
 
     # What may go on in this folder
 
     def _before_check(self) -> None:
-        self._check_epochs()
+        self._check_trainer()
 
     def _before_fit(self) -> None:
-        self._check_epochs()
+        self._check_trainer()
         if self.options.init_from:
             check_source(self.options.init_from)
-        if self.options.overwrite:
-            run.discard(self.folder)
+        if self.options.overwrite:  # what is there goes when training starts, and not for a command that fails before
+            self.checkpoint = self._continued()
+            return
         run.refuse_another_config(self.folder, self.resolved)
         results = run.read_results(self.folder)
         if results.get("status") == "finished":
@@ -177,8 +190,13 @@ class StudyCLI(LightningCLI):
             leftover.unlink(missing_ok=True)  # another rank may be quicker
         self.checkpoint = newest_readable(self.folder / "checkpoints") or self._continued()
 
-    def _check_epochs(self) -> None:
+    def _check_trainer(self) -> None:
         trainer = self.options.trainer
+        for name, instead in OVERRULED.items():
+            if getattr(trainer, name) not in (None, False, 0, inspect.signature(L.Trainer).parameters[name].default):
+                raise InputError(f"trainer.{name}: {getattr(trainer, name)} is not used; {instead}")
+        if (every := trainer.log_every_n_steps) is not None and every < 1:
+            raise InputError(f"trainer.log_every_n_steps: {every} is not a positive number of steps")
         if trainer.max_steps not in (-1, None):
             raise InputError(f"trainer.max_steps: {trainer.max_steps} is not used, since Lightning does not resume it "
                              "exactly; give the length of the run as trainer.max_epochs")
@@ -193,7 +211,11 @@ class StudyCLI(LightningCLI):
         checkpoint = newest_readable(source / "checkpoints")
         if checkpoint is None:
             raise InputError(f"--continue_from: {source} is not a run folder with a checkpoint")
-        differing = run.differences(run.read_config(source / "config.yaml"), self.resolved)
+        config = run.read_config(source / "config.yaml")
+        there, here = flatten(config)["trainer.max_epochs"], self.options.trainer.max_epochs
+        if here <= there:
+            raise InputError(f"trainer.max_epochs: {here} is no more than the {there} of {source} to continue from")
+        differing = run.differences(config, self.resolved)
         differing = {k: v for k, v in differing.items() if k not in ("trainer.max_epochs", "continue_from")}
         if differing:
             raise InputError(f"--continue_from: {source} was trained otherwise: " + "; ".join(
@@ -213,8 +235,12 @@ class StudyCLI(LightningCLI):
     # Running
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if not isinstance(self.datamodule, self.model.data_class):
+            raise InputError(f"data.class_path: {type(self.datamodule).__name__} does not go with "
+                             f"{type(self.model).__name__}, which takes {self.model.data_class.__name__}")
         curves = Curves()
-        callbacks = [Progress(curves), curves, run.RunFolder(self.study, self.folder, self.resolved, curves)]
+        folder = run.RunFolder(self.study, self.folder, self.resolved, curves, self.options.overwrite)
+        callbacks = [Progress(curves), curves, folder]
         own = self._get(self.config_init, "trainer").get("callbacks") or []
         # Lightning's requeueing would save in the signal handler, in mid-step, what no start reads.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

@@ -31,9 +31,9 @@ def state_dict_of(source: str | Path, weights: Literal["ema", "raw"] = "ema") ->
             raise InputError(f"--init_from: {path} is not a run folder with a checkpoint")
         path = checkpoint
     content = read(path)
-    if weights == "ema" and "ema" in content:
-        return content["ema"]["state_dict"]
     if "loops" in content:  # written by the suite: the LightningModule's `net`
+        if weights == "ema" and "ema" in content:
+            return content["ema"]["state_dict"]
         return {k.removeprefix("net."): v for k, v in content["state_dict"].items() if k.startswith("net.")}
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):

@@ -52,7 +52,7 @@ def _lineage(path: Path) -> list[Path]:
     files = [path]
     while (config := _load(files[0])) and (parent := config.get("extends")):
         parent = files[0].parent / str(parent)
-        if parent in files:
+        if parent.resolve() in [file.resolve() for file in files]:
             raise InputError(f"{path}: extends itself by way of {parent}")
         if not parent.is_file():
             raise InputError(f"{files[0]}: extends {parent}, which is no file")

@@ -39,6 +39,7 @@ class Experiment(L.LightningModule):
         optim: the optimiser recipe.
     """
 
+    data_class: type[GlobalBatchData] = GlobalBatchData
     headline = "acc1"
     higher_is_better = True
     # True where the loss is not a mean over images: a step must then see its whole batch on each device.
@@ -73,7 +74,8 @@ class Experiment(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.net is None:
-            with seeded("init", self.trainer.seed):
+            # On the CPU, whose generator is seeded: a run starts from the same weights on every device.
+            with torch.device("cpu"), seeded("init", self.trainer.seed):
                 self.net = self.build(self.trainer.datamodule)
             if self.init_from:
                 self.initialised = initialise(self.net, self.backbone(self.net), self.init_from)

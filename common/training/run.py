@@ -92,12 +92,16 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def discard(folder: Path) -> None:
     """Removes what a run left: the files of the contract, and nothing that the user put there."""
-    for name in ("config.yaml", "hparams.yaml", "results.json", "predictions.csv", "lock"):
+    for name in ("config.yaml", "hparams.yaml", "results.json", "predictions.csv"):
         (folder / name).unlink(missing_ok=True)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
     for name in ("checkpoints", "figures", "predictions"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        place = folder / name
+        if place.is_symlink():
+            place.unlink()  # and not what it points to
+        elif place.exists():
+            shutil.rmtree(place)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -115,9 +119,13 @@ class RunFolder(L.Callback):
         folder: runs/STUDY/RUN_NAME.
         config: the resolved config, as it will be replayed.
         curves: whose last values go into the results.
+        overwrite: discard what an earlier run left, as soon as training starts.
     """
 
-    def __init__(self, study: str, folder: Path, config: dict[str, Any], curves: Curves) -> None:
+    def __init__(
+        self, study: str, folder: Path, config: dict[str, Any], curves: Curves, overwrite: bool = False
+    ) -> None:
+        self.overwrite = overwrite
         self.study, self.folder, self.config, self.curves = study, folder, config, curves
         self.results: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
@@ -132,20 +140,20 @@ class RunFolder(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.metrics, self.seconds = dict(state["metrics"]), state["seconds"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config_hash"] = config_hash(self.config)
-
     # Training
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         if not trainer.is_global_zero:
             return
+        if self.overwrite:
+            discard(self.folder)
+            self._config_written = False
         recipe = effective_recipe(trainer, module, trainer.datamodule)
         print(f"run folder: {self.folder}")
         print_recipe(recipe)
         self.results = {"recipe": recipe, **self._identity(trainer, module)}
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 or not self._config_written:  # the second: continued from another run
             hparams = {name: self.results.get(name) for name in HPARAMS}
             headlines = dict.fromkeys(HEADLINES, math.nan)
             trainer.logger.log_hyperparams({k: "none" if v is None else v for k, v in hparams.items()}, headlines)

@@ -121,6 +121,11 @@ def test_a_limited_epoch_has_fewer_steps(limit, steps):
     assert divided(100, 8, 4, limit=limit).steps_per_epoch == steps
 
 
+def test_a_limited_epoch_has_whole_steps():
+    data = divided(100, 8, 2, limit=10)  # Lightning would step a third time, with the two micro-batches left
+    assert (data.steps_per_epoch, data.trainer.limit_train_batches) == (2, 8)
+
+
 def test_a_loss_over_the_whole_batch_is_not_divided():
     data = GlobalBatchData(8, 4)
     data.sets = {"train": torch.zeros(100), "val": torch.zeros(1)}

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from common.data import Digits, Flowers102, ImageFolder, ImageNet, Shapes
+from common.data import Cifar10, Cifar100, Digits, Flowers102, ImageFolder, ImageNet, Shapes
 from common.data.folders import decode
-from common.data.inventory import describe, inventory
+from common.data.inventory import describe
 from common.data.sources import SPLITS
 from common.errors import InputError
 
@@ -176,11 +177,12 @@ def test_flowers_official_split(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said_with_its_layout(tmp_path: Path) -> None:
-    lines = inventory(tmp_path)
-    assert "  train: 1197 images, 116 to 122 a class" in lines
-    for name, layout in [("cifar10", "cifar-10-batches-bin"), ("cifar100", "cifar-100-python.tar.gz"),
-                         ("flowers102", "imagelabels.mat"), ("imagenet", "{train,val}/WNID/*.JPEG")]:
-        assert any(line.startswith(f"{name}: {tmp_path}") and layout in line for line in lines), name
+    assert "  train: 1197 images, 116 to 122 a class" in describe(Digits(), tmp_path)
+    for source, layout in [(Cifar10(), "cifar-10-batches-bin"), (Cifar100(), "cifar-100-python.tar.gz"),
+                           (Flowers102(), "imagelabels.mat"), (ImageNet(), "{train,val}/WNID/*.JPEG")]:
+        with pytest.raises(InputError, match=re.escape(layout)) as refusal:
+            describe(source, tmp_path)
+        assert str(refusal.value).startswith(str(tmp_path))
 
 
 def test_decoding_equals_pil(tmp_path: Path) -> None:

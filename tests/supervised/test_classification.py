@@ -154,8 +154,9 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_losses(command: Callable, scalars: Callable, tmp_path: Path, name):
     options, expected = GOLDEN[name]
-    small = ["--model.patch_size", "2", "--trainer.max_epochs", "2", "--model.optim.warmup_epochs", "1",
-             "--trainer.log_every_n_steps", "1", "--run_name", "golden"]  # fmt: skip
+    small = ["--model.patch_size", "2", "--trainer.max_epochs", "2", "--model.optim.lr", "2e-3",
+             "--model.optim.warmup_epochs", "1", "--run_name", "golden",
+             "--trainer.log_every_n_steps", "1"]  # fmt: skip
     assert command("fit", *small, *options, small=False).code == 0
     losses = [value for _, value in scalars(tmp_path / "runs/supervised/golden")["train/loss"]][:10]
     assert losses == pytest.approx(expected, abs=1e-4), " ".join(f"{loss:.5f}," for loss in losses)

@@ -241,10 +241,17 @@ def test_best_in_both_directions(higher, expected):
 
 
 def test_a_stale_validation_is_not_an_improvement(train: Callable, tmp_path: Path):
-    callback = Checkpoints(every_n_epochs=10)
+    callback, improved = Checkpoints(every_n_epochs=10), []
+    found, callback._improved = callback._improved, lambda *both: improved.append(found(*both)) or improved[-1]
     train(callback, epochs=3, check_val_every_n_epoch=2)
-    # Validated after the second epoch alone: its step is that of best.ckpt, whatever the third did.
-    assert saved_steps(tmp_path / "run" / "checkpoints")["best.ckpt"] == 10
+    assert improved[:2] == [False, True]  # nothing was measured after the first
+    train(callback := Checkpoints(), epochs=4, check_val_every_n_epoch=2, folder="stale")
+    assert saved_steps(tmp_path / "stale" / "checkpoints")["best.ckpt"] in (10, 20)
+
+
+def test_the_last_epoch_is_validated_whatever_the_rhythm(train: Callable, scalars: Callable, tmp_path: Path):
+    train(Checkpoints(), epochs=3, check_val_every_n_epoch=2)
+    assert [step for step, _ in scalars(tmp_path / "run")["val/acc1"]] == [10, 15]
 
 
 @pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"every_n_epochs": -1}])

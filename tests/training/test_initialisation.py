@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.model import VisionTransformer
 from common.training.checkpoints import Checkpoints, read
 from common.training.initialisation import initialise, state_dict_of
+from supervised import Classification
 
 NET = {"image_size": 8, "patch_size": 2, "classes": 5, "width": 16, "depth": 2, "heads": 2}
 
@@ -120,6 +121,20 @@ def test_a_run_gives_its_average_or_its_raw_weights(train: Callable, tmp_path: P
     without = train(Checkpoints(), folder="without").lightning_module
     found = state_dict_of(tmp_path / "without", "ema")
     assert all(torch.equal(value, found[key]) for key, value in without.net.state_dict().items())
+
+
+def test_an_average_of_another_project_is_not_taken_for_ours(tmp_path: Path):
+    torch.save({"model": {"a": torch.ones(1)}, "ema": {"a": torch.zeros(1)}}, tmp_path / "foreign.pt")
+    assert state_dict_of(tmp_path / "foreign.pt") == {"a": torch.ones(1)}
+
+
+def test_the_initial_weights_do_not_depend_on_the_device(train: Callable):
+    trainer = train()
+    module = Classification(trainer.lightning_module.optim, **trainer.lightning_module.vit)
+    module.trainer = trainer
+    with torch.device("meta"):  # as Lightning builds on a GPU
+        module.configure_model()
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"name": "vit"}}])

@@ -47,6 +47,10 @@ def refused(outcome) -> str:
     (["--data.batch_size", "0"], ["data.batch_size: 0"]),
     (["--trainer.max_epochs", "-1"], ["trainer.max_epochs: -1"]),
     (["--trainer.max_steps", "10"], ["trainer.max_epochs", "max_steps"]),
+    (["--trainer.fast_dev_run", "true"], ["trainer.fast_dev_run: True is not used", "limit_train_batches"]),
+    (["--trainer.accumulate_grad_batches", "3"], ["accumulate_grad_batches: 3 is not used", "data.batch_per_device"]),
+    (["--trainer.log_every_n_steps", "0"], ["trainer.log_every_n_steps: 0 is not a positive"]),
+    (["--seed_everything", "true"], ["seed_everything: True is not between"]),
     (["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps: 0"]),
     (["--seed_everything", "x"], ["seed_everything: x is not ", "int"]),
     (["--continue_from", "absent"], ["--continue_from", "absent"]),
@@ -135,6 +139,9 @@ def test_a_cycle_of_files_is_named(tmp_path: Path, command: Callable):
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
     line = refused(command("fit", config="a.yaml"))
     assert "a.yaml: extends itself by way of" in line
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.yaml").write_text("extends: ../deep/c.yaml")
+    assert "extends itself" in refused(command("fit", config="deep/c.yaml"))
 
 
 def test_help_lists_the_keys_of_the_config_first(command: Callable):
@@ -175,7 +182,7 @@ def test_evaluation_without_a_checkpoint_is_refused(command: Callable, subcomman
     assert "there is no checkpoint" in refused(command(subcommand, "--run_name", "absent"))
 
 
-def test_two_epochs_and_three_are_five(command: Callable, tmp_path: Path):
+def test_two_epochs_and_three_are_five(command: Callable, scalars: Callable, tmp_path: Path):
     constant = ["--model.optim.schedule", "constant", "--model.optim.ema", "0.9", "--model.drop_path", "0.1"]
     assert command("fit", "--run_name", "two", *constant).code == 0
     further = ["--trainer.max_epochs", "5", *constant]
@@ -187,6 +194,9 @@ def test_two_epochs_and_three_are_five(command: Callable, tmp_path: Path):
     for state in (lambda c: c["state_dict"], lambda c: c["ema"]["state_dict"]):
         assert all(torch.equal(value, state(five)[key]) for key, value in state(on).items())
 
+    assert "test/fid" in scalars(tmp_path / "runs/supervised/on")  # a column of HPARAMS
+    line = refused(command("fit", "--run_name", "x", *constant, *source))
+    assert "trainer.max_epochs: 2 is no more than the 2 of" in line
     line = refused(command("fit", "--run_name", "x", *further, *source, "--model.patch_size", "2"))
     assert "was trained otherwise: model.patch_size: 4 there, 2 here" in line
     assert command("fit", "--run_name", "cosine").code == 0
@@ -200,3 +210,15 @@ def test_check_trains_nothing(command: Callable, tmp_path: Path):
     assert outcome.code == 0, outcome.err
     assert "training images" in outcome.out and "1,197" in outcome.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_refuses_data_of_another_kind(command: Callable) -> None:
+    rooms = ["--data", "supervised.DepthData", "--data.source", "supervised.Rooms", "--data.image_size", "[24,32]"]
+    refused = command("fit", *rooms, "--data.batch_size", "16")
+    assert refused.code == 2 and "DepthData does not go with Classification, which takes ImageData" in refused.err
+
+
+def test_a_logger_of_ones_own_is_refused_and_not_dropped(command: Callable) -> None:
+    arguments = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."]
+    refused = command("fit", *arguments)
+    assert refused.code == 2 and "trainer.logger" in refused.err

@@ -50,6 +50,7 @@ def test_keys_are_flattened_as_a_user_types_them():
     ("model.patch_size", 2), ("model.optim.lr", 2e-3), ("model.width", 64), ("model.class_path", "C"),
     ("data.batch_size", 64), ("data.image_size", 16), ("trainer.max_epochs", 4), ("trainer.precision", "bf16-mixed"),
     ("trainer.gradient_clip_val", 1.0), ("seed_everything", 1), ("init_from", "weights.pth"), ("continue_from", "run"),
+    ("trainer.callbacks", [{"class_path": "C"}]),
 ])  # fmt: skip
 def test_what_results_depend_on_is_in_the_hash(key, value):
     config = changed(key, value)
@@ -231,9 +232,23 @@ def test_overwriting_leaves_what_the_user_put_there(command: Callable, tmp_path:
     folder = tmp_path / "runs/supervised/a"
     (folder / "figures").mkdir(exist_ok=True)
     (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoints").rename(tmp_path / "elsewhere")
+    (folder / "checkpoints").symlink_to(tmp_path / "elsewhere")
     run.discard(folder)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "elsewhere" / "last.ckpt").exists()
     run.discard(tmp_path / "absent")
+
+
+def test_overwriting_waits_until_the_new_run_trains(command: Callable, tmp_path: Path):
+    assert command("fit", "--run_name", "a").code == 0
+    before = results(tmp_path / "runs/supervised/a")
+    assert command("fit", "--run_name", "a", "--overwrite", "--model.patch_size", "3").code == 2
+    assert results(tmp_path / "runs/supervised/a") == before
+    assert "finished" in command("fit", "--run_name", "a").out
+    assert command("fit", "--run_name", "a", "--overwrite", "--seed_everything", "1").code == 0
+    after = results(tmp_path / "runs/supervised/a")
+    assert (after["seed"], after["step"], after["status"]) == (1, before["step"], "finished")
 
 
 @pytest.mark.parametrize("text, message", [("{", "results.json: damaged"), ("[1", "results.json: damaged")])
