@@ -13,9 +13,11 @@ from rich.progress import Progress as Bar
 
 from common.training.curves import Curves
 
+LINES = 25  # of a run, at the most, where the output is a file
+
 
 class Progress(L.Callback):
-    """One bar over all steps of the run on a terminal; one line an epoch where the output is a file.
+    """One bar over all steps of the run on a terminal; a line every few epochs where the output is a file.
 
     Args:
         curves: whose last loss and speed are shown, so that the bar never waits for the device.
@@ -44,10 +46,14 @@ class Progress(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step, description=self._line(trainer, module))
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and self._due(trainer):
             done = trainer.global_step - self._first_step
             left = (time.perf_counter() - self._start) / max(done, 1) * (self._total - trainer.global_step)
             print(f"{self._line(trainer, module)} · {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        epoch, every = trainer.current_epoch + 1, -(-trainer.max_epochs // LINES)
+        return epoch % every == 0 or epoch == trainer.max_epochs
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._bar:

@@ -52,5 +52,6 @@ def _count(groups: list[dict], decay: str) -> str:
 def print_recipe(recipe: dict[str, Any]) -> None:
     table = Table("effective recipe", "", show_header=True, box=None, padding=(0, 2, 0, 0))
     for name, value in recipe.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        form = {int: "{:,}", float: "{:g}"}.get(type(value), "{}")
+        table.add_row(name, form.format(value))
     Console().print(table)

@@ -180,10 +180,24 @@ class RunFolder(L.Callback):
                             **self._identity(trainer, module)}
         done = trainer.current_epoch >= trainer.max_epochs
         self._write(trainer, "finished" if done else "running")
+        score = self.metrics.get(f"val/{module.headline}")
+        if trainer.is_global_zero and done:
+            print(f"finished: {self.folder}" + ("" if score is None else f", val/{module.headline} {score:.4g}"))
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self.results and isinstance(exception, Exception):
+        if trainer.state.fn == "fit" and not self._config_written:
+            self._leave_nothing(trainer)
+        elif self.results and isinstance(exception, Exception):
             self._write(trainer, "failed", error=f"{type(exception).__name__}: {exception}".splitlines()[0])
+
+    def _leave_nothing(self, trainer: L.Trainer) -> None:
+        """A start that failed before its first batch is no run: without this it would stand in every comparison."""
+        if trainer.is_global_zero and trainer.logger and self.folder.is_dir():
+            trainer.logger.experiment.close()
+            for events in self.folder.glob("events.out.tfevents.*"):
+                events.unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     # Evaluation of a trained run: its metrics join those of the training
 

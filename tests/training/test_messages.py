@@ -222,3 +222,10 @@ def test_a_logger_of_ones_own_is_refused_and_not_dropped(command: Callable) -> N
     arguments = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."]
     refused = command("fit", *arguments)
     assert refused.code == 2 and "trainer.logger" in refused.err
+
+
+def test_a_start_that_failed_leaves_no_folder(command: Callable, tmp_path: Path) -> None:
+    assert command("fit", "--model.patch_size", "3", small=False).code == 2
+    assert command("fit", "--model.optim.warmup_epochs", "7").code == 2
+    assert not any((tmp_path / "runs").rglob("*.0")) and not any((tmp_path / "runs/supervised").iterdir())
+    assert "finished: runs/supervised/" in command("fit").out
