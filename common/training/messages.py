@@ -13,6 +13,9 @@ from jsonargparse import ArgumentParser
 
 from common.errors import InputError
 from common.identity import flatten
+from common.training.checkpoints import Checkpoints
+from common.training.options import OPTIONS
+from common.training.trainer import Trainer
 
 
 def given_configs(argv: list[str]) -> list[Path]:
@@ -115,13 +118,9 @@ def class_help(argv: list[str]) -> str:
 
 
 def _known_keys(argv: list[str]) -> set[str]:
-    from common.training.cli import OPTIONS, Trainer  # the CLI imports this file
-
-    classes = {**_classes(argv), "trainer": Trainer}
-    parser = _class_parser(classes)
+    parser = _class_parser({**_classes(argv), "trainer": Trainer, "checkpoint": Checkpoints})
     keys = {action.dest for action in parser._actions}
-    return keys | set(OPTIONS) | {"config", "seed_everything", "checkpoint.every_n_steps", "checkpoint.every_n_epochs",
-                                  "checkpoint.milestones", "model", "data", "model.class_path", "data.class_path"}
+    return keys | {*OPTIONS, "config", "seed_everything", "model", "data", "model.class_path", "data.class_path"}
 
 
 def _typed_keys(argv: list[str]) -> list[tuple[str, str]]:

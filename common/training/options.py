@@ -1,0 +1,20 @@
+"""The options of the command line that are neither the model's nor the data's."""
+
+# Options of the command that are neither the model's nor the data's nor the Trainer's.
+OPTIONS = {
+    "run_name": (str | None, None, "folder of the run below runs/STUDY; default: made from the config and overrides"),
+    "runs": (str, "runs", "folder of all runs"),
+    "overwrite": (bool, False, "discard what an earlier run left in the folder"),
+    "init_from": (str | None, None, "start from the weights of a run folder, a checkpoint or a timm state dict"),
+    "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs"),
+    "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),
+}
+
+# Options of Lightning's Trainer that the suite answers itself, and what to give instead.
+OVERRULED = {
+    "accumulate_grad_batches": "micro-batches follow from data.batch_size and data.batch_per_device",
+    "fast_dev_run": "it would leave a finished run; give trainer.max_epochs and trainer.limit_train_batches",
+    "default_root_dir": "--runs and --run_name say where a run lies",
+    "logger": "a run folder holds TensorBoard's events",
+    "plugins": "the suite has its own, for checkpoints and Slurm",
+}
