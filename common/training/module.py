@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from common.data.loader import GlobalBatchData, rescale_progress
+from common.errors import InputError
 from common.model.flops import activation_bytes, forward_flops
 from common.model.vit import VisionTransformer
 from common.randomness import seeded, uniform
@@ -97,7 +98,12 @@ class Experiment(L.LightningModule):
     # Training
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [] if self.optim.ema is None else [EMA(self.optim.ema, self.optim.ema_warmup)]
+        if self.optim.ema is None:
+            return []
+        if self.trainer.precision == "bf16-true":
+            raise InputError("model.optim.ema: the average is kept in fp32 and cannot be evaluated under "
+                             "trainer.precision=bf16-true; bf16-mixed can")
+        return [EMA(self.optim.ema, self.optim.ema_warmup)]
 
     def configure_optimizers(self) -> tuple[list, list]:
         data = self.trainer.datamodule

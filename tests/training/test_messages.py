@@ -229,3 +229,8 @@ def test_a_start_that_failed_leaves_no_folder(command: Callable, tmp_path: Path)
     assert command("fit", "--model.optim.warmup_epochs", "7").code == 2
     assert not any((tmp_path / "runs").rglob("*.0")) and not any((tmp_path / "runs/supervised").iterdir())
     assert "finished: runs/supervised/" in command("fit").out
+
+
+def test_an_average_under_true_bf16_is_refused(command: Callable) -> None:
+    refused = command("fit", "--model.optim.ema", "0.9", "--trainer.precision", "bf16-true")
+    assert refused.code == 2 and "model.optim.ema" in refused.err and "bf16-mixed" in refused.err
