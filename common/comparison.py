@@ -117,7 +117,14 @@ class Comparison:
         lines = ["mean ± standard deviation (number of seeds); "
                  f"differences to {self.baseline.label}" if self.baseline else "no finished run"]
         lines += [f"{MARK} {group.label}: {self.mark(group)}" for group in self.groups if self.mark(group)]
+        lines += [f"{group.label}: {self.settings(group)}" for group in self.groups if self.settings(group)]
         return lines + [f"not averaged in: {run.name}, {run.status} {run.problem}" for run in self.left_out]
+
+    def settings(self, group: Group) -> str:
+        """What was set otherwise than for the baseline, whose value stands in brackets."""
+        ours, theirs = group.runs[0].config, self.baseline.runs[0].config
+        keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        return ", ".join(f"{key} {ours.get(key)} ({theirs.get(key)})" for key in keys if key != "seed_everything")
 
     def records(self) -> list[dict[str, Any]]:
         """The same for programs: a flat record per group, then one per run that enters no mean."""
@@ -126,6 +133,7 @@ class Comparison:
         for group in self.groups:
             record = {"run": group.label, "status": "finished", "seeds": " ".join(str(run.seed) for run in group.runs),
                       "baseline": group is self.baseline, "not_comparable": self.mark(group),
+                      "settings": self.settings(group),
                       **{key: group[key] for key in _DESCRIBED}}
             for tag in self.metrics:
                 value = group.statistic(tag)

@@ -7,14 +7,14 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from common.errors import InputError
-from common.identity import arm_hash
+from common.identity import arm_hash, covered
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 _NEEDED = {"status": str, "metrics": dict, "seed": int}
@@ -29,6 +29,7 @@ class Run:
         arm: equal for runs that differ in seed alone.
         status: finished, unfinished, failed or unreadable; only finished runs enter a mean.
         problem: what to say of a run that is not finished.
+        config: what its results depend on, flattened.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Run:
     arm: str
     status: str
     problem: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -131,7 +133,7 @@ def read_run(folder: Path) -> Run:
     results["metrics"] = {tag: value for tag, value in results["metrics"].items()
                           if isinstance(value, int | float) and math.isfinite(value)}
     if results["status"] == "finished":
-        return Run(folder, results, arm_hash(config), "finished")
+        return Run(folder, results, arm_hash(config), "finished", config=covered(config))
     failed = results["status"] == "failed"
     place = f"at epoch {results.get('epoch', 0)} of {results.get('epochs', '?')}"
     reason = f": {results['error']}" if failed and results.get("error") else ""

@@ -204,6 +204,12 @@ def test_the_placeholders_of_hparams_are_no_points(make_run, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_what_was_set_otherwise_is_said(two_arms):
+    comparison = Comparison(find_runs(two_arms))
+    assert "digits-nano-p1: model.patch_size 1 (2)" in comparison.notes()
+    assert [record["settings"] for record in comparison.records()] == ["model.patch_size 1 (2)", ""]
+
+
 def test_curves_over_seeds():
     assert over_seeds([{1: 1.0, 2: 4.0, 3: 9.0}, {1: 3.0, 2: 4.0}]) == ([1, 2], [2.0, 4.0], [2**0.5, 0.0])
     assert over_seeds([{1: 5.0}]) == ([1], [5.0], [0.0])
