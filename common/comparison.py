@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError
+from common.identity import differing
 from common.runs import Group, Run, digits, group_runs
 
 BUDGET = ("dataset", "epochs", "batch_size")  # two arms that differ here answer another question
@@ -122,9 +123,8 @@ class Comparison:
 
     def settings(self, group: Group) -> str:
         """What was set otherwise than for the baseline, whose value stands in brackets."""
-        ours, theirs = group.runs[0].config, self.baseline.runs[0].config
-        keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-        return ", ".join(f"{key} {ours.get(key)} ({theirs.get(key)})" for key in keys if key != "seed_everything")
+        found = differing(group.runs[0].config, self.baseline.runs[0].config)
+        return ", ".join(f"{key} {our} ({their})" for key, (our, their) in found.items() if key != "seed_everything")
 
     def records(self) -> list[dict[str, Any]]:
         """The same for programs: a flat record per group, then one per run that enters no mean."""

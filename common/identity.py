@@ -36,6 +36,12 @@ def covered(config: dict[str, Any]) -> dict[str, Any]:
             if value is not None and (key.startswith(COVERED) or key in trainer) and key not in NOT_COVERED}
 
 
+def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys of two flattened configs whose values differ, sorted, with both values; None where one has none."""
+    return {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())
+            if one.get(key) != other.get(key)}
+
+
 def config_hash(config: dict[str, Any]) -> str:
     return _digest(covered(config))
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from common.errors import InputError
-from common.identity import config_hash, covered, flatten
+from common.identity import config_hash, covered, differing, flatten
 from common.training.curves import Curves
 from common.training.recipe import effective_recipe, print_recipe
 from common.training.scores import print_scores
@@ -34,9 +34,7 @@ HPARAMS = ("study", "dataset", "size", "patch_size", "position", "pool", "lr", "
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys whose covered values differ, with both values."""
-    one, other = covered(one), covered(other)
-    return {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())
-            if one.get(key) != other.get(key)}
+    return differing(covered(one), covered(other))
 
 
 def default_name(config_name: str, config: dict[str, Any], plain: dict[str, Any]) -> str:
@@ -54,9 +52,9 @@ def refuse_another_config(folder: Path, config: dict[str, Any]) -> None:
     saved = folder / "config.yaml"
     if not saved.is_file():
         return
-    differing = differences(read_config(saved), config)
-    if differing:
-        keys = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in differing.items())
+    found = differences(read_config(saved), config)
+    if found:
+        keys = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in found.items())
         raise InputError(f"{folder} holds a run of another config ({keys}); choose another --run_name, "
                          "or discard that run with --overwrite")
 
@@ -147,6 +145,8 @@ class RunFolder(L.Callback):
         if not trainer.is_global_zero:
             return
         if self.overwrite:
+            if trainer.logger:
+                trainer.logger.experiment.close()  # its file goes too; the next point opens another
             discard(self.folder)
             self._config_written = False
         recipe = effective_recipe(trainer, module, trainer.datamodule)

@@ -240,7 +240,7 @@ def test_overwriting_leaves_what_the_user_put_there(command: Callable, tmp_path:
     run.discard(tmp_path / "absent")
 
 
-def test_overwriting_waits_until_the_new_run_trains(command: Callable, tmp_path: Path):
+def test_overwriting_waits_until_the_new_run_trains(command: Callable, scalars: Callable, tmp_path: Path):
     assert command("fit", "--run_name", "a").code == 0
     before = results(tmp_path / "runs/supervised/a")
     assert command("fit", "--run_name", "a", "--overwrite", "--model.patch_size", "3").code == 2
@@ -249,6 +249,8 @@ def test_overwriting_waits_until_the_new_run_trains(command: Callable, tmp_path:
     assert command("fit", "--run_name", "a", "--overwrite", "--seed_everything", "1").code == 0
     after = results(tmp_path / "runs/supervised/a")
     assert (after["seed"], after["step"], after["status"]) == (1, before["step"], "finished")
+    points = scalars(tmp_path / "runs/supervised/a")["val/acc1"]
+    assert [step for step, value in points if math.isfinite(value)] == [9, 18]  # the new run's alone
 
 
 @pytest.mark.parametrize("text, message", [("{", "results.json: damaged"), ("[1", "results.json: damaged")])
