@@ -19,11 +19,23 @@
           set: {trainer.max_epochs: 20}   # overrides of all arms; an arm's own go first
           arms: {...}                     # in place of the arms above
           seeds: 3                        # seeds 0, 1, 2; one where it is left out
+
+Two keys of an arm are no overrides:
+
+      arms:
+        scratch: {config: supervised/*}   # STUDY/NAME, * being the scale's config; this study's own where left out
+        pre-training: {}
+        fine-tuned:
+          config: mae/*_finetune          # mae/configs/cifar100_finetune.yaml at scale paper
+          init_from: pre-training         # an arm above this one; each seed starts from that seed's run
+
+An arm that others start from is a step on the way: it is trained like any other, and is not compared.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -36,6 +48,7 @@ from typing import Any
 import yaml
 
 from common.errors import InputError
+from common.identity import config_hash
 
 STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
 ROOT = Path(__file__).parent.parent
@@ -46,25 +59,46 @@ _SCALE_KEYS = {"config": str, "shows": str, "set": dict, "arms": dict, "seeds": 
 
 
 @dataclass(frozen=True)
-class Start:
-    """One run of an exhibit: an arm with a seed."""
+class Arm:
+    """A config of a study with overrides; `init_from` names the arm whose weights it starts from."""
 
+    name: str
     study: str
-    arm: str
-    seed: int
     config: Path
     overrides: Mapping[str, Any]
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """One run of an exhibit: an arm with a seed, and the run of the same seed whose weights it starts from."""
+
+    arm: Arm
+    seed: int
+    source: Start | None = None
 
     @property
     def arguments(self) -> list[str]:
-        """What follows `python -m STUDY fit`."""
-        options = {**self.overrides, "seed_everything": self.seed}
+        """What follows `python -m STUDY fit`. With a source it takes the time of locating that."""
+        options = {**self.arm.overrides, "seed_everything": self.seed}
+        if self.source:
+            options["init_from"] = str(self.source.located[0])
         pairs = [(f"--{key}", _typed(value)) for key, value in options.items()]
-        return ["--config", os.path.relpath(self.config), *(word for pair in pairs for word in pair)]
+        return ["--config", os.path.relpath(self.arm.config), *(word for pair in pairs for word in pair)]
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, "-m", self.study, "fit", *self.arguments]
+        return [sys.executable, "-m", self.arm.study, "fit", *self.arguments]
+
+    @cached_property
+    def located(self) -> tuple[Path, str]:
+        """The run folder, and the hash of the config that belongs into it."""
+        # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
+        from common.training.cli import StudyCLI
+
+        logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
+        cli = StudyCLI(self.arm.study, ["fit", *self.arguments], run=False)
+        return cli.folder, config_hash(cli.resolved)
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command[1:]])
@@ -78,17 +112,23 @@ def _typed(value: Any) -> str:
 class Scale:
     """An exhibit at one cost: `demo` on two cores within minutes, `gpu` within half an hour, `paper` as published."""
 
-    study: str
     name: str
-    config: Path
     shows: str
-    arms: Mapping[str, Mapping[str, Any]]
+    arms: tuple[Arm, ...]
     seeds: int
 
+    @property
+    def sources(self) -> set[str]:
+        """The names of arms that others start from."""
+        return {arm.init_from for arm in self.arms if arm.init_from}
+
     def starts(self, seeds: int | None = None) -> list[Start]:
-        """All runs, seed by seed, so that every arm has a first result early."""
-        return [Start(self.study, arm, seed, self.config, overrides)
-                for seed in range(seeds or self.seeds) for arm, overrides in self.arms.items()]
+        """All runs, seed by seed, so that every arm has a first result early; a run's source stands before it."""
+        starts: dict[tuple[str | None, int], Start] = {}
+        for seed in range(seeds or self.seeds):
+            for arm in self.arms:
+                starts[arm.name, seed] = Start(arm, seed, starts.get((arm.init_from, seed)))
+        return list(starts.values())
 
 
 @dataclass(frozen=True)
@@ -149,25 +189,47 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
-    scales = {scale: _scale(study, path, scale, content, arms, f"{where}.scales.{scale}")
-              for scale, content in entry["scales"].items()}
+    scales = {scale: _scale(study, path, name, scale, content, arms) for scale, content in entry["scales"].items()}
     return Exhibit(name, study, entry["shows"], entry["metric"], paper.get("values", {}), paper.get("differences", {}),
                    paper.get("says", ""), paper.get("unknown", ""), scales)
 
 
-def _scale(study: str, path: Path, name: str, content: Any, arms: dict, where: str) -> Scale:
+def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict) -> Scale:
+    where = f"{path}: {exhibit}.scales.{name}"
     _check(content, _SCALE_KEYS, where, needed=("config",))
-    config = path.parent / "configs" / f"{content['config']}.yaml"
-    if not config.is_file():
-        raise InputError(f"{where}.config: {content['config']}; there is no file {config}")
     if content.get("seeds", 1) < 1:
         raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
-    arms = content.get("arms", arms)
-    if not arms:
+    for key in ("config", "init_from"):
+        if key in content.get("set", {}):
+            raise InputError(f"{where}.set.{key}: {content['set'][key]} is no override; give it to each arm it is for")
+    above = where if "arms" in content else f"{path}: {exhibit}"
+    made: dict[str, Arm] = {}
+    for arm, entry in content.get("arms", arms).items():
+        place = f"{above}.arms.{arm}"
+        own = dict(_mapping(entry, place, empty=True))
+        given, source = own.pop("config", None), own.pop("init_from", None)
+        if given is None:
+            of, config = _config(path, f"{study}/*", content["config"], f"{where}.config: {content['config']}")
+        else:
+            of, config = _config(path, given, content["config"], f"{place}.config: {given}")
+        if source is not None and (source := str(source)) not in made:
+            known = ", ".join(made) or "none"
+            raise InputError(f"{place}.init_from: {source} is no arm above this one; there is {known}")
+        made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own}, source)
+    if not made:
         raise InputError(f"{where}: has no arms, and neither has the exhibit")
-    merged = {str(arm): {**content.get("set", {}), **_mapping(overrides, f"{where}.arms.{arm}", empty=True)}
-              for arm, overrides in arms.items()}
-    return Scale(study, name, config, content.get("shows", ""), merged, content.get("seeds", 1))
+    return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1))
+
+
+def _config(path: Path, given: Any, scale: str, where: str) -> tuple[str, Path]:
+    """The study and the file that STUDY/NAME stands for, with `scale` in place of *, beside the study of `path`."""
+    if not isinstance(given, str) or given.count("/") != 1:
+        raise InputError(f"{where} is not STUDY/NAME, such as supervised/*, where * stands for the scale's config")
+    study, name = given.split("/")
+    config = Path(os.path.relpath(path.parent / ".." / study / "configs" / f"{name.replace('*', scale)}.yaml"))
+    if not config.is_file():
+        raise InputError(f"{where}; there is no file {config}")
+    return study, config
 
 
 def _mapping(value: Any, where: str, empty: bool = False) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_cli
                    "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
                "data.max_unreadable")
+PREDICTION = "model.predict."  # options of `predict` alone; a trained run answers to all of them
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def covered(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that its results depend on, flattened; what is unset is left out."""
     trainer = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
     return {key: value for key, value in flatten(config).items()
-            if value is not None and (key.startswith(COVERED) or key in trainer) and key not in NOT_COVERED}
+            if value is not None and (key.startswith(COVERED) or key in trainer)
+            and key not in NOT_COVERED and not key.startswith(PREDICTION)}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -47,8 +50,15 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def arm_hash(config: dict[str, Any]) -> str:
-    """Equal for runs that differ in seed alone."""
-    return _digest({key: value for key, value in covered(config).items() if key != "seed_everything"})
+    """Equal for runs that differ in seed alone.
+
+    The seed of the run whose weights they start from is no further difference: runs/mae/digits-nano-p1-s3 is a repeat
+    of runs/mae/digits-nano-p1-s0.
+    """
+    keys = {key: value for key, value in covered(config).items() if key != "seed_everything"}
+    if "init_from" in keys:  # -s3 ends a part of the path, or stands before the hash of a run's further overrides
+        keys["init_from"] = re.sub(r"-s\d+(?=(-[0-9a-f]{6})?(/|$))", "-s*", str(keys["init_from"]))
+    return _digest(keys)
 
 
 def _digest(keys: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
 """python -m common.paper list | show ID | run ID --scale demo: the paper's tables and figures, arm by arm.
 
-`run` trains the arms one after another. The same command goes on where it stopped: finished arms are skipped, since
-their run folders say so. At the end it compares them, in runs/paper/ID-SCALE/.
+`run` trains the arms one after another, and each after the arm whose weights it starts from. The same command goes on
+where it stopped: finished arms are skipped, since their run folders say so. At the end it compares them, in
+runs/paper/ID-SCALE/.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -22,24 +23,14 @@ from common.compare import draw_figure, markdown, print_table, write
 from common.comparison import Comparison
 from common.errors import InputError
 from common.exhibits import Exhibit, Scale, Start, read_exhibits
-from common.identity import config_hash
 from common.runs import find_runs, read_run
 
 RUNS = Path("runs")
 
 
-def locate(start: Start) -> tuple[Path, str]:
-    """Where a run lies, and the hash of its config."""
-    # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
-    from common.training.cli import StudyCLI
-
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
-    cli = StudyCLI(start.study, ["fit", *start.arguments], run=False)
-    return cli.folder, config_hash(cli.resolved)
-
-
-def state(folder: Path, expected_hash: str) -> str:
+def state(start: Start) -> str:
     """finished, unfinished, failed, unreadable, missing, or another config, as a changed YAML leaves one behind."""
+    folder, expected_hash = start.located
     if not (folder / "results.json").is_file():
         return "missing"
     run = read_run(folder)
@@ -57,8 +48,8 @@ def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
 
 def _states(scale: Scale) -> str:
     # A default folder begins with the config's name; where there is none, no parser is needed to know.
-    started = any((RUNS / scale.study).glob(f"{scale.config.stem}-*"))
-    states = Counter(state(*locate(start)) if started else "missing" for start in scale.starts())
+    states = Counter(state(start) if any((RUNS / start.arm.study).glob(f"{start.arm.config.stem}-*")) else "missing"
+                     for start in scale.starts())
     return ", ".join(f"{count} {name}" for name, count in sorted(states.items()))
 
 
@@ -70,11 +61,12 @@ def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
         starts = scale.starts()
         yield ""
         yield f"{name}: {scale.shows or 'as published'}; arms: {len(scale.arms)}, seeds: {scale.seeds}"
-        yield f"  hyper-parameters: {starts[0].arguments[1]}, whose first lines name their sources:"
-        yield from (f"    {line}" for line in _leading_comment(scale.config))
+        for config in dict.fromkeys(arm.config for arm in scale.arms):
+            yield f"  hyper-parameters: {os.path.relpath(config)}, whose first lines name their sources:"
+            yield from (f"    {line}" for line in _leading_comment(config))
         yield f"  overrides on the command line: {exhibit.study}/paper.yaml"
         for start in starts:
-            yield f"  # {start.arm}, seed {start.seed}"
+            yield f"  # {start.arm.name}, seed {start.seed}"
             yield f"  {start}"
 
 
@@ -88,20 +80,23 @@ def _leading_comment(config: Path) -> Iterator[str]:
 def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
     """Trains what is not finished, then compares. Returns the exit code of the arm that stopped it, or 0."""
     starts = scale.starts(seeds)
-    folders: dict[Path, str] = {}
     for number, start in enumerate(starts, 1):
-        place = f"{exhibit.id} {scale.name}, {number} of {len(starts)}: {start.arm}, seed {start.seed}"
-        folder, expected_hash = locate(start)
-        if state(folder, expected_hash) == "finished":
-            print(f"{place}: finished, in {folder}", flush=True)
+        place = f"{exhibit.id} {scale.name}, {number} of {len(starts)}: {start.arm.name}, seed {start.seed}"
+        if state(start) == "finished":
+            print(f"{place}: finished, in {start.located[0]}", flush=True)
         else:
+            # A training may stop early and leave with 0, as with trainer.max_time.
+            if start.source and (there := state(start.source)) != "finished":
+                print(f"{place}: not started, since its weights are to come from {start.source.located[0]}, which is "
+                      f"{there}; the same command goes on there", file=sys.stderr)
+                return 1
             print(f"{place}\n{start}", flush=True)
             code = subprocess.run(start.command).returncode
             if code:
                 print(f"{place}: stopped with exit code {code}; the same command goes on there", file=sys.stderr)
                 return code if code > 0 else 128 - code  # ended by a signal: as a shell reports it
-        folders[folder] = start.arm
-    report(exhibit, scale, folders)
+    compared = [start for start in starts if start.arm.name not in scale.sources]
+    report(exhibit, scale, {start.located[0]: start.arm.name for start in compared})
     return 0
 
 

@@ -67,7 +67,7 @@ def digits(tag: str, *values: float | None) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that differ in seed alone, one per seed."""
+    """Finished runs that differ in seed alone, their own or that of the weights they start from."""
 
     label: str
     runs: tuple[Run, ...]
@@ -149,14 +149,14 @@ def group_runs(runs: Iterable[Run], labels: Mapping[Path, str] | None = None) ->
     Args:
         labels: names of the arms by run folder; otherwise a run's name without its seed, where that is unambiguous.
     """
-    arms: dict[str, dict[int, Run]] = {}
+    arms: dict[str, dict[tuple[int, str], Run]] = {}
     left_out: list[Run] = []
     for run in runs:
         if run.status != "finished":
             left_out.append(run)
-        elif (first := arms.setdefault(run.arm, {}).setdefault(run.seed, run)) is not run:
+        elif (first := arms.setdefault(run.arm, {}).setdefault(_sample(run), run)) is not run:
             left_out.append(Run(run.folder, run.results, run.arm, "repeat", f"of {first.folder}"))
-    members = [tuple(by_seed[seed] for seed in sorted(by_seed)) for by_seed in arms.values()]
+    members = [tuple(by_seed[key] for key in sorted(by_seed)) for by_seed in arms.values()]
     names = [(labels or {}).get(group[0].folder) for group in members]
     candidates = [[_without_seed(group[0]), group[0].name, str(group[0].folder)] for group in members]
     for level in range(3):
@@ -164,6 +164,11 @@ def group_runs(runs: Iterable[Run], labels: Mapping[Path, str] | None = None) ->
         names = [name if name or taken.count(option) > 1 else option
                  for name, option in zip(names, taken, strict=True)]
     return [Group(name, group) for name, group in zip(names, members, strict=True)], left_out
+
+
+def _sample(run: Run) -> tuple[int, str]:
+    """What tells two runs of an arm apart: the seed, and the weights they start from."""
+    return run.seed, str(run.config.get("init_from", ""))
 
 
 def _without_seed(run: Run) -> str:

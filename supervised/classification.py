@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from common.data import ImageData
 from common.errors import InputError
 from common.model import VisionTransformer
+from common.model.flops import block_bytes
 from common.randomness import seeded
-from common.training.module import Experiment
+from common.training.module import Cost, Experiment
 from common.training.optim import Recipe
 
 
@@ -28,6 +29,8 @@ class Classification(Experiment):
         label_smoothing: share of the target spread over all classes.
         mixup: alpha of mixup, 0 is off; a batch is mixed with itself in reverse order.
         cutmix: alpha of cutmix, 0 is off; with both on, each batch takes one of them with probability 0.5.
+        probe: linear probing: the encoder is frozen, and the head, behind a batch norm without affine parameters,
+            learns alone (He et al. 2022, appendix A.1).
         vit: the model's options, see `common.model.VisionTransformer`.
     """
 
@@ -35,7 +38,13 @@ class Classification(Experiment):
     headline = "acc1"
 
     def __init__(
-        self, optim: Recipe, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, **vit: Any
+        self,
+        optim: Recipe,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        probe: bool = False,
+        **vit: Any,
     ) -> None:
         super().__init__(optim)
         for name, value in [("mixup", mixup), ("cutmix", cutmix)]:
@@ -44,12 +53,24 @@ class Classification(Experiment):
         if not 0 <= label_smoothing < 1:
             raise InputError(f"model.label_smoothing: {label_smoothing} is not in [0, 1)")
         self.label_smoothing, self.mixup, self.cutmix = label_smoothing, mixup, cutmix
+        self.probe = self.whole_batch = probe  # whole: the batch norm
         self.vit = vit
 
     def build(self, data: ImageData) -> VisionTransformer:
-        return VisionTransformer(
+        net = VisionTransformer(
             image_size=data.image_size, channels=data.channels, classes=len(data.class_names), **self.vit
         )
+        if self.probe:
+            head = net.requires_grad_(False).head.requires_grad_(True)
+            net.head = nn.Sequential(nn.BatchNorm1d(net.width, eps=1e-6, affine=False), head)
+        return net
+
+    def cost(self, net: VisionTransformer) -> Cost:
+        cost = super().cost(net)
+        if not self.probe:
+            return cost
+        one_block = block_bytes(net.num_prefix_tokens + net.tokens, net.width, self.precision)
+        return cost._replace(training_flops=cost.forward_flops, activation_bytes=one_block)  # nothing goes backward
 
     def transform(self, images: Tensor) -> Tensor:
         """What an image (B, C, H, W) goes through right before the net, after all augmentation and in every stage.

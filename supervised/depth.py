@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from supervised.depth_data import DepthData
 from supervised.depth_loss import gradient_loss, log_residual, sig_loss, valid_pixels
 from supervised.depth_metrics import DepthErrors
 from supervised.depth_net import UPSAMPLING, DepthNet
-from supervised.depth_pictures import comparison, pixels, preview
+from supervised.depth_pictures import comparison, preview
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 4  # images of the logged picture
 
@@ -45,6 +48,7 @@ class Depth(Experiment):
     headline = "rmse"
     higher_is_better = False
     whole_batch = True  # the variance in the scale-invariant loss
+    picture = "depth"
 
     def __init__(
         self,
@@ -71,7 +75,6 @@ class Depth(Experiment):
         self.gradient_weight = gradient_weight if gradient_loss == "spatial" else 0.0
         self.flip_average, self.picture_epochs = flip_average, picture_epochs
         self.vit = vit
-        self._shown: tuple[Tensor, Tensor, Tensor] | None = None
 
     def build(self, data: DepthData) -> DepthNet:
         # Both poolings leave the tokens alone; without a class token only one of them is allowed.
@@ -90,7 +93,9 @@ class Depth(Experiment):
         flops = 2 * tokens * net.head.in_features * self.bins
         scores = 3 * 4 * UPSAMPLING**2 * tokens * self.bins
         return cost._replace(
-            forward_flops=cost.forward_flops + flops, activation_bytes=cost.activation_bytes + scores
+            forward_flops=cost.forward_flops + flops,
+            training_flops=cost.training_flops + 3 * flops,
+            activation_bytes=cost.activation_bytes + scores,
         )
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
@@ -114,9 +119,9 @@ class Depth(Experiment):
     def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
         prediction = self.predict_depth(net, batch["image"])
         scores.update(prediction, batch["depth"])
-        if self._shown is None:
+        if self.shown is None:
             truth = batch["depth"][:SHOWN]
-            self._shown = batch["image"][:SHOWN], truth, resize(prediction[:SHOWN], truth)
+            self.shown = batch["image"][:SHOWN], truth, resize(prediction[:SHOWN], truth)
 
     def predict_depth(self, net: nn.Module, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> depth (B, 1, 4h, 4w) in metres, in fp32."""
@@ -125,26 +130,9 @@ class Depth(Experiment):
             depth = (depth + net(images.flip(-1)).float().flip(-1)) / 2
         return depth
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self._shown = None
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        trainer, epoch = self.trainer, self.trainer.current_epoch + 1
-        due = self.picture_epochs and (epoch % self.picture_epochs == 0 or epoch == trainer.max_epochs)
-        if trainer.state.fn == "fit" and trainer.is_global_zero and not trainer.sanity_checking and due:
-            self._show(epoch)
-
-    def _show(self, epoch: int) -> None:
-        images, truth, prediction = self._shown
-        prediction = prediction.clamp(*self.depth_range)
-        figure = comparison(images, truth, prediction, self.depth_range, f"validation images after epoch {epoch}")
-        folder = Path(self.trainer.default_root_dir) / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / "depth.png")
-        if self.logger is not None:
-            self.logger.experiment.add_image("val/depth", pixels(figure), self.trainer.global_step, dataformats="HWC")
+    def draw(self, title: str) -> Figure:
+        images, truth, prediction = self.shown
+        return comparison(images, truth, prediction.clamp(*self.depth_range), self.depth_range, title)
 
     # Prediction: for each file a depth map (16-bit PNG, millimetres) and a coloured preview, of the file's own size
 

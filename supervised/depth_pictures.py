@@ -57,9 +57,3 @@ def comparison(images: Tensor, truth: Tensor, prediction: Tensor, depth_range: t
         for axis in row:
             axis.set_axis_off()
     return figure
-
-
-def pixels(figure: Any) -> np.ndarray:
-    """A figure as (H, W, 3) uint8."""
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 def make_run(tmp_path):
     """Writes runs/supervised/NAME with Acc@1 as given; further keywords go into results.json."""
 
-    def make(name: str, acc1: float, seed: int = 0, patch: int = 2, status: str = "finished", **more) -> Path:
+    def make(name: str, acc1: float, seed: int = 0, patch: int = 2, status: str = "finished",
+             init_from: str | None = None, **more) -> Path:
         folder = tmp_path / "runs" / "supervised" / name
         folder.mkdir(parents=True)
         results = {
@@ -42,7 +43,8 @@ def make_run(tmp_path):
         arguments = {"source": results["dataset"], "batch_size": results["batch_size"], "workers": seed}
         data = {"class_path": "common.data.ImageData", "init_args": arguments}
         trainer = {"max_epochs": results["epochs"], "devices": 1 + seed}
-        config = {"run_name": name, "seed_everything": seed, "model": model, "data": data, "trainer": trainer}
+        config = {"run_name": name, "seed_everything": seed, "model": model, "data": data, "trainer": trainer,
+                  "init_from": init_from}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         return folder
 
@@ -123,6 +125,13 @@ def test_a_repeat_of_a_seed_is_no_further_sample(two_arms, make_run):
     comparison = Comparison(find_runs([*two_arms, again]))
     assert comparison.groups[0].statistic("val/acc1") == (96.0, 1.0, 3)
     assert [(run.name, run.status) for run in comparison.left_out] == [("again", "repeat")]
+
+
+def test_one_seed_from_the_weights_of_two_is_two_samples(make_run):
+    runs = [make_run(f"tuned-{seed}-{source}", 90.0 + seed + source, seed, init_from=f"runs/mae/digits-s{source}")
+            for seed, source in [(0, 0), (0, 1), (1, 1)]]
+    [group] = Comparison(find_runs(runs)).groups
+    assert group.statistic("val/acc1") == (91.0, 1.0, 3)
 
 
 def test_seeds_are_grouped_by_config_and_not_by_name(make_run):

@@ -13,19 +13,29 @@ import yaml
 
 from common import paper
 from common.errors import InputError
-from common.exhibits import read_exhibits
+from common.exhibits import Start, read_exhibits
+from common.identity import arm_hash, config_hash, covered
 
 ROOT = Path(__file__).parent.parent
 IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9")
+MAE_IDS = ("T4a", "T4b")
+CHAIN = {
+    "arms": {
+        "S/2": {"model.patch_size": 2},
+        "before": {"config": "mae/*", "model.patch_size": 1},
+        "S/1": {"config": "mae/*_finetune", "init_from": "before", "model.patch_size": 1},
+    },
+    "scales": {"demo": {"config": "tiny_set", "seeds": 2}},
+}
 
 
 @pytest.fixture
 def exhibits(tmp_path, monkeypatch):
-    """One exhibit of two arms in a study folder of the test's own; the working directory is that folder's parent."""
+    """One exhibit of two arms in study folders of the test's own; the working directory is those folders' parent."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "supervised" / "configs").mkdir(parents=True)
-    config = tmp_path / "supervised" / "configs" / "tiny_set.yaml"
-    config.write_text("# Where lr comes from.\n#\n# Steps: 9.\nmodel: {}\n")
+    for file in ("supervised/configs/tiny_set.yaml", "mae/configs/tiny_set.yaml", "mae/configs/tiny_set_finetune.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"# Where lr of {file} comes from.\n#\n# Steps: 9.\nmodel: {{}}\n")
 
     def read(**changes):
         entry = {
@@ -47,13 +57,30 @@ def exhibits(tmp_path, monkeypatch):
 def test_arms_expand_to_commands(exhibits):
     """An arm's own override beats the scale's, every seed runs all arms, and values are typed as YAML reads them."""
     starts = exhibits()["X1"].scale("demo").starts()
-    assert [(start.arm, start.seed) for start in starts] == [("S/2", 0), ("S/1", 0), ("S/2", 1), ("S/1", 1)]
+    assert [(start.arm.name, start.seed) for start in starts] == [("S/2", 0), ("S/1", 0), ("S/2", 1), ("S/1", 1)]
     assert str(starts[3]) == (
         "python -m supervised fit --config supervised/configs/tiny_set.yaml --model.patch_size 1 "
         "--data.image_size '[8, 8]' --model.drop_path null --seed_everything 1")
     assert [str(start) for start in exhibits()["X1"].scale("paper").starts()] == [
         "python -m supervised fit --config supervised/configs/tiny_set.yaml --model.qk_norm true --seed_everything 0"]
     assert len(exhibits()["X1"].scale("demo").starts(seeds=5)) == 10
+
+
+def test_an_arm_may_have_another_study_and_start_from_another_arm(exhibits, folders):
+    """* is the scale's config, and each seed starts from the run of its own seed."""
+    assert [str(start) for start in exhibits(**CHAIN)["X1"].scale("demo").starts()] == [
+        f"python -m {study} fit --config {study}/configs/{name}.yaml --model.patch_size {patch} "
+        f"--seed_everything {seed}{source}"
+        for seed in (0, 1) for study, name, patch, source in [
+            ("supervised", "tiny_set", 2, ""), ("mae", "tiny_set", 1, ""),
+            ("mae", "tiny_set_finetune", 1, f" --init_from runs/mae/tiny_set-p1-s{seed}")]]
+
+
+def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
+    exhibits(**CHAIN)
+    monkeypatch.chdir(tmp_path / "supervised")
+    configs = [start.arguments[1] for start in read_exhibits(tmp_path)["X1"].scale("demo").starts(1)[:2]]
+    assert configs == ["configs/tiny_set.yaml", "../mae/configs/tiny_set.yaml"]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -64,6 +91,16 @@ def test_arms_expand_to_commands(exhibits):
     ({"scales": {"demo": {"config": "tiny_set", "seeds": 0}}}, r"scales.demo.seeds: 0"),
     ({"scales": {"demo": {"config": "tiny_set", "arms": {"a": 3}}}}, r"scales.demo.arms.a: 3 is not a mapping"),
     ({"arms": {}, "paper": {}}, r"X1.scales.demo: has no arms"),
+    ({"arms": {"S/2": {"init_from": "S/1"}, "S/1": {}}},
+     r"paper.yaml: X1.arms.S/2.init_from: S/1 is no arm above this one; there is none"),
+    ({"scales": {"demo": {"config": "tiny_set", "arms": {"a": {}, "b": {}, "c": {"init_from": "S/2"}}}}},
+     r"paper.yaml: X1.scales.demo.arms.c.init_from: S/2 is no arm above this one; there is a, b"),
+    ({"arms": {"S/2": {"init_from": "S/2"}, "S/1": {}}}, r"X1.arms.S/2.init_from: S/2 is no arm above"),
+    ({"arms": {"S/2": {"config": "mae/*_probe"}, "S/1": {}}},
+     r"X1.arms.S/2.config: mae/\*_probe; there is no file mae/configs/tiny_set_probe.yaml"),
+    ({"arms": {"S/2": {"config": "tiny_set"}, "S/1": {}}}, r"X1.arms.S/2.config: tiny_set is not STUDY/NAME"),
+    ({"scales": {"demo": {"config": "tiny_set", "set": {"init_from": "S/2"}}}},
+     r"X1.scales.demo.set.init_from: S/2 is no override"),
     ({"paper": {"differences": {"S/1 - S/9": 1}}}, r"X1.paper: S/9 is none of the arms S/2, S/1"),
 ])
 def test_malformed_exhibits_are_named(exhibits, changes, message):
@@ -73,7 +110,7 @@ def test_malformed_exhibits_are_named(exhibits, changes, message):
 
 def test_an_id_belongs_to_one_study(exhibits, tmp_path):
     exhibits()
-    (tmp_path / "mae").symlink_to(tmp_path / "supervised")
+    (tmp_path / "diffusion").symlink_to(tmp_path / "supervised")
     with pytest.raises(InputError, match="X1 stands in supervised/paper.yaml too"):
         read_exhibits(tmp_path)
 
@@ -81,41 +118,63 @@ def test_an_id_belongs_to_one_study(exhibits, tmp_path):
 def test_show_names_sources_statements_and_commands(exhibits):
     exhibit = exhibits()["X1"]
     text = "\n".join(paper.show(exhibit, {"demo": exhibit.scale("demo")}))
-    for part in ("val/acc1: S/1 - S/2 = +1.5", "unknown: both values", "supervised/configs/tiny_set.yaml",
-                 "Where lr comes from.\n    \n    Steps: 9.", "# S/1, seed 1", str(exhibit.scale("demo").starts()[0])):
-        assert part in text
+    for part in ("val/acc1: S/1 - S/2 = +1.5", "unknown: both values", "hyper-parameters: supervised/configs/tiny_set",
+                 "Where lr of supervised/configs/tiny_set.yaml comes from.\n    \n    Steps: 9.", "# S/1, seed 1",
+                 str(exhibit.scale("demo").starts()[0])):
+        assert text.count(part) == 1  # both arms have one config
     with pytest.raises(InputError, match="--scale gpu: X1 has no such scale; it has demo, paper"):
         exhibit.scale("gpu")
 
 
-@pytest.fixture
-def study(exhibits, tmp_path, monkeypatch):
-    """A stand-in for `python -m supervised fit`: it writes a finished run folder, or leaves with exit code 3.
+def test_show_names_the_sources_of_all_its_configs(exhibits, folders):
+    exhibit = exhibits(**CHAIN)["X1"]
+    lines = list(paper.show(exhibit, exhibit.scales))
+    for config in ("supervised/configs/tiny_set", "mae/configs/tiny_set", "mae/configs/tiny_set_finetune"):
+        assert lines.count(f"    Where lr of {config}.yaml comes from.") == 1
+    assert sum(line.endswith("--init_from runs/mae/tiny_set-p1-s1") for line in lines) == 1
 
-    Its folders lie where the test says, so that what `run` does with them is tested apart from the command line.
+
+@pytest.fixture
+def folders(monkeypatch):
+    """Run folders where the test says, so that what is done with them is tested apart from the command line."""
+
+    def located(start):
+        name = f"{start.arm.config.stem}-p{start.arm.overrides['model.patch_size']}-s{start.seed}"
+        return Path("runs") / start.arm.study / name, "hash"
+
+    monkeypatch.setattr(Start, "located", property(located))
+
+
+@pytest.fixture
+def study(exhibits, folders, tmp_path):
+    """A stand-in for `python -m STUDY fit`: it writes a finished run folder, or leaves with exit code 3.
+
+    With a file `early` the pre-training leaves before its end, with exit code 0.
     """
-    (tmp_path / "supervised" / "__init__.py").touch()
-    (tmp_path / "supervised" / "__main__.py").write_text('''
+    for name in ("supervised", "mae"):
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / "__main__.py").write_text('''
 import json, pathlib, sys
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 patch, seed = int(options["--model.patch_size"]), int(options["--seed_everything"])
+study, config = pathlib.Path(__file__).parent.name, pathlib.Path(options["--config"]).stem
+source = options.get("--init_from")
+folder = pathlib.Path(f"runs/{study}/{config}-p{patch}-s{seed}")
 with open("calls", "a") as calls:
-    print(patch, seed, file=calls)
+    print(folder, *[source] * bool(source), file=calls)
 if pathlib.Path("broken").exists() and patch == 1:
     sys.exit(3)
-folder = pathlib.Path(f"runs/supervised/tiny_set-p{patch}-s{seed}")
-folder.mkdir(parents=True)
-results = {"status": "finished", "seed": seed, "metrics": {"val/acc1": 90 + 4 / patch + seed}, "headline": "val/acc1",
-           "higher_is_better": True, "patch_size": patch, "dataset": "digits", "epochs": 1, "batch_size": 8}
+folder.mkdir(parents=True, exist_ok=True)
+before = study == "mae" and not source
+metrics = {"val/loss": 0.5} if before else {"val/acc1": 90 + 4 / patch + seed}
+results = {"status": "running" if before and pathlib.Path("early").exists() else "finished",
+           "seed": seed, "metrics": metrics, "headline": next(iter(metrics)), "higher_is_better": not before,
+           "patch_size": patch, "dataset": "digits", "epochs": 1, "batch_size": 8}
 (folder / "results.json").write_text(json.dumps(results))
-(folder / "config.yaml").write_text(f"seed_everything: {seed}\\nmodel: {{patch_size: {patch}}}\\n")
+trained = {"seed_everything": seed, "model": {"patch_size": patch}, "init_from": source}
+(folder / "config.yaml").write_text(json.dumps(trained))
 ''')
-
-    def locate(start):
-        return Path("runs/supervised") / f"tiny_set-p{start.overrides['model.patch_size']}-s{start.seed}", "hash"
-
-    monkeypatch.setattr(paper, "locate", locate)
-    return exhibits()["X1"]
+    return exhibits
 
 
 def calls() -> list[str]:
@@ -123,8 +182,9 @@ def calls() -> list[str]:
 
 
 def test_run_trains_each_arm_once_and_compares(study, capfd):
+    study = study()["X1"]
     assert paper.run(study, study.scale("demo"), None) == 0
-    assert calls() == ["2 0", "1 0", "2 1", "1 1"]
+    assert calls() == [f"runs/supervised/tiny_set-p{patch}-s{seed}" for seed in (0, 1) for patch in (2, 1)]
     out = capfd.readouterr().out
     assert "X1 demo, 2 of 4: S/1, seed 0" in out
     # By hand: /1 has 94 and 95, /2 has 92 and 93.
@@ -139,20 +199,53 @@ def test_run_trains_each_arm_once_and_compares(study, capfd):
 
 
 def test_run_stops_with_the_arms_exit_code_and_goes_on_there(study, capfd):
+    study = study()["X1"]
     Path("broken").touch()
     assert paper.run(study, study.scale("demo"), 1) == 3
     assert "S/1, seed 0: stopped with exit code 3" in capfd.readouterr().err
-    assert [paper.state(*paper.locate(start)) for start in study.scale("demo").starts(1)] == ["finished", "missing"]
+    assert [paper.state(start) for start in study.scale("demo").starts(1)] == ["finished", "missing"]
     Path("broken").unlink()
     assert paper.run(study, study.scale("demo"), 1) == 0
-    assert calls() == ["2 0", "1 0", "1 0"]
+    assert calls() == [f"runs/supervised/tiny_set-p{patch}-s0" for patch in (2, 1, 1)]
 
 
-def test_states_follow_the_run_folders(study):
-    scale = study.scale("demo")
+SCRATCH, BEFORE = "runs/supervised/tiny_set-p2-s{0}", "runs/mae/tiny_set-p1-s{0}"
+TUNED = "runs/mae/tiny_set_finetune-p1-s{0} runs/mae/tiny_set-p1-s{0}"
+
+
+def test_a_run_that_starts_from_another_comes_after_it_and_is_compared_alone(study, capfd):
+    chain = study(**CHAIN)["X1"]
+    assert paper.run(chain, chain.scale("demo"), None) == 0
+    assert calls() == [call.format(seed) for seed in (0, 1) for call in (SCRATCH, BEFORE, TUNED)]
+    out = capfd.readouterr().out
+    # By hand, as above: both seeds are in one mean although their weights come from two folders.
+    assert "94.50 ± 0.71 (2) *" in out and "here: val/acc1: S/1 - S/2 = +2.00 (n = 2)" in out
+    text = Path("runs/paper/X1-demo/comparison.md").read_text()
+    assert "| S/2 (baseline) |" in text and "| S/1 |" in text and "| before" not in text
+    assert paper._states(chain.scale("demo")) == "6 finished"
+
+
+def test_weights_come_from_a_finished_run_only(study, capfd):
+    """Neither after a failure nor after an early end with exit code 0, which a limit of time is."""
+    chain = study(**CHAIN)["X1"]
+    scale = chain.scale("demo")
+    Path("broken").touch()
+    assert paper.run(chain, scale, 1) == 3
+    Path("broken").unlink()
+    Path("early").touch()
+    assert paper.run(chain, scale, 1) == 1
+    assert "X1 demo, 3 of 3: S/1, seed 0: not started" in (error := capfd.readouterr().err)
+    assert "runs/mae/tiny_set-p1-s0, which is unfinished" in error
+    Path("early").unlink()
+    assert paper.run(chain, scale, 1) == 0
+    assert calls() == [call.format(0) for call in (SCRATCH, BEFORE, BEFORE, BEFORE, TUNED)]
+
+
+def test_states_follow_the_run_folders(exhibits, folders):
+    scale = exhibits()["X1"].scale("demo")
     assert paper._states(scale) == "4 missing"
     for start, status in zip(scale.starts(), ("finished", "running", "failed"), strict=False):
-        folder, _ = paper.locate(start)
+        folder, _ = start.located
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps({"status": status, "seed": 0, "metrics": {}}))
         (folder / "config.yaml").write_text("model: {}")
@@ -161,14 +254,31 @@ def test_states_follow_the_run_folders(study):
     assert paper._states(scale) == "1 another config, 1 finished, 1 missing, 1 unfinished"
 
 
+def test_a_config_without_runs_needs_no_parser(exhibits, monkeypatch):
+    """tiny_set.yaml names no class: looking up one of its folders would be an error."""
+    scale = exhibits(**CHAIN)["X1"].scale("demo")
+    Path("runs/mae/another-p1-s0").mkdir(parents=True)
+    assert paper._states(scale) == "6 missing"
+    Path("runs/mae/tiny_set-p1-s0").mkdir()
+    with pytest.raises(InputError):
+        paper._states(scale)
+
+
 def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
-    """The folder and the hash that `run` expects are those that `python -m supervised fit` leaves."""
+    """The folder and the hash that `run` expects are those that `python -m supervised fit` leaves.
+
+    A second run starts from the first one's weights, and its log of what was loaded says so.
+    """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     shutil.copy(ROOT / "supervised" / "configs" / "digits.yaml", tmp_path / "supervised" / "configs")
     short = {"trainer.max_epochs": 1, "model.optim.warmup_epochs": 0, "model.depth": 1, "model.patch_size": 4}
-    scale = exhibits(scales={"demo": {"config": "digits", "arms": {"short": short}}})["X1"].scale("demo")
+    arms = {"short": short, "on": {"init_from": "short", **short}}
+    scale = exhibits(scales={"demo": {"config": "digits", "arms": arms}})["X1"].scale("demo")
     assert paper.run(read_exhibits(tmp_path)["X1"], scale, None) == 0
-    assert paper._states(scale) == "1 finished"
+    assert paper._states(scale) == "2 finished"
+    first, second = (start.located[0] for start in scale.starts())
+    assert first != second
+    assert json.loads((second / "results.json").read_text())["init_from"]["source"] == str(first)
     assert Path("runs/paper/X1-demo/comparison.png").stat().st_size
 
 
@@ -188,30 +298,51 @@ def test_supervised_exhibits():
     for name in IDS:
         assert {"demo", "paper"} <= set(exhibits[name].scales)
         assert exhibits[name].unknown  # no absolute value of these is known in full
-    tokens = {arm: (o["data.image_size"] // o["model.patch_size"]) ** 2
-              for arm, o in exhibits["F2a"].scale("paper").arms.items()}
+    tokens = {arm.name: (arm.overrides["data.image_size"] // arm.overrides["model.patch_size"]) ** 2
+              for arm in exhibits["F2a"].scale("paper").arms}
     assert tokens == dict.fromkeys(["224/16", "112/8", "56/4", "28/2", "14/1"], 196)
-    assert [o["model.patch_size"] for o in exhibits["F2b"].scale("paper").arms.values()] == [16, 8, 4, 2, 1]
-    assert [o["model.optim.lr"] for o in exhibits["F9"].scale("paper").arms.values()] == [8e-3, 4e-3]
+    assert [arm.overrides["model.patch_size"] for arm in exhibits["F2b"].scale("paper").arms] == [16, 8, 4, 2, 1]
+    assert [arm.overrides["model.optim.lr"] for arm in exhibits["F9"].scale("paper").arms] == [8e-3, 4e-3]
     assert exhibits["T3a"].differences == {"T/1 - T/2": 1.5, "S/1 - T/1": 1.3}
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("name", MAE_IDS)
+def test_mae_exhibits(name):
+    """From scratch with the very options of an arm of T3a; fine-tuned from a run of the same model."""
+    exhibits = read_exhibits()
+    assert set(exhibits[name].scales) == {"demo", "gpu", "paper"} and exhibits[name].unknown
+
+    def same_model(arm):
+        return {key: value for key, value in arm.overrides.items() if key.startswith("model.") and "optim" not in key}
+
+    for scale in exhibits[name].scales.values():
+        scratch2, scratch1, before2, before1, tuned2, tuned1 = scale.arms
+        plain = [(arm.config, arm.overrides) for arm in exhibits["T3a"].scale(scale.name).arms]
+        assert all((arm.config, arm.overrides) in plain for arm in (scratch2, scratch1))
+        for before, tuned, patch in [(before2, tuned2, 2), (before1, tuned1, 1)]:
+            assert tuned.init_from == before.name and same_model(tuned) == same_model(before)
+            assert tuned.overrides["model.patch_size"] == patch
+            assert (tuned.study, tuned.config.stem) == ("mae", f"{before.config.stem}_finetune")
+    depth = {"T4a": {}, "T4b": {"model.depth": 6}}[name]
+    sizes = {"T4a": "tiny", "T4b": "small"}
+    assert same_model(exhibits[name].scale("demo").arms[0]) == {"model.patch_size": 2, **depth}
+    assert same_model(exhibits[name].scale("paper").arms[0]) == {"model.patch_size": 2, "model.size": sizes[name]}
+    lengths = [(arm.overrides["trainer.max_epochs"], arm.overrides["model.optim.warmup_epochs"])
+               for arm in exhibits[name].scale("gpu").arms]
+    assert lengths == [(20, 2), (20, 2), (100, 5), (100, 5), (20, 2), (20, 2)]
+
+
+@pytest.mark.parametrize("name", IDS + MAE_IDS)
 def test_every_arm_parses_on_the_real_command_line(name, monkeypatch):
     """Every override is a key of its config, and no two arms of a scale fall into one run folder."""
     monkeypatch.chdir(ROOT)
     for scale in read_exhibits()[name].scales.values():
-        folders = [located(start) for start in scale.starts(1)]
-        assert len(set(folders)) == len(scale.arms)
-        assert {folder.name.split("-")[0] for folder in folders} == {scale.config.stem}
-
-
-def located(start) -> Path:
-    from common.training.cli import run_folder
-
-    words = shlex.split(str(start))
-    assert words[:4] == ["python", "-m", "supervised", "fit"]
-    return run_folder("supervised", words[4:])
+        starts = scale.starts(1)
+        assert len({start.located[0] for start in starts}) == len(scale.arms)
+        for start in starts:
+            assert start.located[0].parent == Path("runs", start.arm.study)
+            assert start.located[0].name.split("-")[0] == start.arm.config.stem
+            assert shlex.split(str(start)) == ["python", "-m", start.arm.study, "fit", *start.arguments]
 
 
 def test_an_arm_shares_the_run_of_the_plain_command(monkeypatch):
@@ -220,5 +351,44 @@ def test_an_arm_shares_the_run_of_the_plain_command(monkeypatch):
     from common.training.cli import run_folder
 
     config = os.path.join("supervised", "configs", "digits.yaml")
-    arms = {start.arm: located(start) for start in read_exhibits()["T3a"].scale("demo").starts(1)}
-    assert arms["nano/1"] == run_folder("supervised", ["--config", config, "--model.patch_size", "1"])
+    arms = {start.arm.name: start for start in read_exhibits()["T3a"].scale("demo").starts(1)}
+    assert arms["nano/1"].located[0] == run_folder("supervised", ["--config", config, "--model.patch_size", "1"])
+
+
+# What makes runs repeats of one another
+
+
+def trained(seed, source=None):
+    return {"seed_everything": seed, "model": {"patch_size": 1}, "init_from": source}
+
+
+@pytest.mark.parametrize("source", [
+    "runs/mae/digits-nano-p1-s{}", "runs/mae/digits-nano-p1-s{}-2883cd", "runs/mae/digits-s{}/checkpoints/last.ckpt",
+])
+def test_seeds_that_start_from_the_run_of_their_own_seed_are_one_arm(source):
+    assert len({arm_hash(trained(seed, source.format(seed))) for seed in (0, 1, 12)}) == 1
+    assert len({config_hash(trained(seed, source.format(seed))) for seed in (0, 1, 12)}) == 3
+
+
+@pytest.mark.parametrize("source", ["weights/vit-small.pth", "runs/mae/digits-nano-p1-s0"])
+def test_seeds_that_start_from_one_source_are_one_arm(source):
+    assert len({arm_hash(trained(seed, source)) for seed in (0, 1, 5)}) == 1
+
+
+@pytest.mark.parametrize("one, other", [
+    (trained(0, "runs/mae/a-s0"), trained(1, "runs/mae/b-s1")),
+    (trained(0, "runs/mae/a-s0-2883cd"), trained(1, "runs/mae/a-s1-1df6e7")),
+    (trained(0, "runs/mae/a-s0-2883cd"), trained(1, "runs/mae/a-s1")),
+    (trained(0, "runs/mae/a-s0x"), trained(1, "runs/mae/a-s1x")),
+    (trained(0, "runs/mae/a-s0-long"), trained(1, "runs/mae/a-s1-long")),  # no hash: a name that somebody chose
+    (trained(0, "runs/mae/a-s0"), trained(1)),
+])
+def test_other_weights_are_another_arm(one, other):
+    assert arm_hash(one) != arm_hash(other)
+
+
+def test_options_of_prediction_alone_are_no_part_of_a_run():
+    config = {"model": {"class_path": "A", "init_args": {"patch_size": 1, "predict": {"masks": 2}}}}
+    assert covered(config) == {"model.class_path": "A", "model.patch_size": 1}
+    for key in ("predict", "predictor"):  # a model's own key that only looks like it
+        assert covered({"model": {key: "noise"}}) == {f"model.{key}": "noise"}

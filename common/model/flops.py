@@ -35,24 +35,33 @@ def training_flops(model: VisionTransformer) -> int:
     return 3 * forward_flops(model)
 
 
-def activation_bytes(
-    model: VisionTransformer, batch: int, precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-) -> int:
-    """Peak bytes that the blocks keep for the backward, at Lightning's name of a precision, without torch.compile.
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]  # Lightning's names
 
-    Per token a block keeps 16 vectors of width D: the inputs of both norms, their outputs, q, k, v, the attention's
-    output, and 4 + 4 around the GELU. Under bf16-mixed the residual stream stays in fp32 and the rest, with a copy of
-    the weights, is bf16. A checkpointed block keeps its input alone, but one block at a time is computed again.
+_BYTES = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}  # of the residual stream, and within a branch
+
+
+def block_bytes(tokens: int, width: int, precision: Precision = "32-true", qk_norm: bool = False) -> int:
+    """Bytes that a block keeps for the backward, of one sample of `tokens` tokens, without torch.compile.
+
+    Per token 16 vectors of width D: the inputs of both norms, their outputs, q, k, v, the attention's output, and
+    4 + 4 around the GELU. Under bf16-mixed the residual stream stays in fp32 and the rest is bf16.
     """
-    stream, inner = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}[precision]
-    vectors = batch * (model.num_prefix_tokens + model.tokens) * model.width
-    block = vectors * (2 * stream + 14 * inner)
-    if model.qk_norm:
-        block += vectors * 2 * inner  # q and k before and after their norms
+    stream, inner = _BYTES[precision]
+    return tokens * width * (2 * stream + (16 if qk_norm else 14) * inner)  # q and k before and after their norms
+
+
+def activation_bytes(model: VisionTransformer, batch: int, precision: Precision = "32-true") -> int:
+    """Peak bytes that the blocks keep for the backward of a batch.
+
+    Under bf16-mixed a bf16 copy of the weights is among them. A checkpointed block keeps its input alone, but one
+    block at a time is computed again.
+    """
+    tokens = batch * (model.num_prefix_tokens + model.tokens)
+    block = block_bytes(tokens, model.width, precision, model.qk_norm)
     if precision == "bf16-mixed":
-        block += 12 * model.width**2 * inner
+        block += 12 * model.width**2 * 2
     full = max(model.depth - model.checkpoint_blocks, 1)
-    return full * block + model.checkpoint_blocks * vectors * stream
+    return full * block + model.checkpoint_blocks * tokens * model.width * _BYTES[precision][0]
 
 
 # Dense bf16 tensor-core peaks by the makers' data sheets.

@@ -35,10 +35,16 @@ class VisionTransformer(nn.Module):
         qk_norm: normalise queries and keys per head.
         checkpoint_blocks: number of blocks, from the first on, that recompute their activations in the backward.
             Each saves 15 of 16 stored values and costs a second forward of that block.
+        head_std: standard deviation of the head's initial weights; MAE fine-tunes from 2e-5.
 
     Raises:
         InputError: arguments that do not fit together, named with what would be right.
     """
+
+    # What weights from another task need not have: these parameters, by the beginning of their names.
+    fresh_for_a_task: tuple[str, ...] = ("norm.", "fc_norm.", "head.")
+    # Tables over the grid, which are resampled for another one.
+    position_tables: tuple[str, ...] = ("pos_embed",)
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         qk_norm: bool = False,
         checkpoint_blocks: int = 0,
+        head_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.width, self.depth, self.heads = resolve_size(size, width, depth, heads)
@@ -87,7 +94,7 @@ class VisionTransformer(nn.Module):
         self.norm = LayerNorm(self.width) if pool == "cls" else nn.Identity()
         self.fc_norm = LayerNorm(self.width) if pool == "avg" else nn.Identity()
         self.head = nn.Linear(self.width, classes) if classes else nn.Identity()
-        self._initialise()
+        self._initialise(head_std)
 
     def _check(self) -> None:
         if self.pool not in ("cls", "avg"):
@@ -107,12 +114,12 @@ class VisionTransformer(nn.Module):
             raise InputError(f"classes={self.classes} must be at least 0")
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        # timm's default, head included. The patch projection keeps torch's U(+-1/sqrt(fan in)), as timm's convolution
+    def _initialise(self, head_std: float) -> None:
+        # timm's default. The patch projection keeps torch's U(+-1/sqrt(fan in)), as timm's convolution
         # does: at 3 inputs a standard deviation of 0.02 would drown the pixels in the position table.
         for module in [*self.blocks.modules(), self.head]:
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=head_std if module is self.head else 0.02)
                 nn.init.zeros_(module.bias)
         if self.position == "learned":
             nn.init.trunc_normal_(self.pos_embed, std=0.02)

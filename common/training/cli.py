@@ -209,9 +209,11 @@ class StudyCLI(LightningCLI):
     def _before_evaluation(self) -> None:
         run.refuse_another_config(self.folder, self.resolved)
         self.checkpoint = newest_readable(self.folder / "checkpoints")
-        if self.checkpoint is None:
+        if self.checkpoint is None and self.options.init_from:
+            check_source(self.options.init_from)  # published weights, as they are
+        elif self.checkpoint is None:
             raise InputError(f"{self.folder}: there is no checkpoint to {self.subcommand}; run fit with the same "
-                             "options, or name the run with --run_name")
+                             "options, name the run with --run_name, or give weights with --init_from")
 
     # Running
 
@@ -238,7 +240,7 @@ class StudyCLI(LightningCLI):
         return trainer
 
     def _logger(self) -> TensorBoardLogger | bool:
-        if self.subcommand in ("check", "predict"):
+        if self.subcommand in ("check", "predict") or (self.subcommand != "fit" and not self.checkpoint):
             return False
         # Steps logged after the checkpoint, by a start that was killed, are dropped from the curves.
         steps = None

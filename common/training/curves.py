@@ -66,7 +66,7 @@ class Curves(L.Callback):
             "train/images_per_second": images_per_second,
         }
         if self.peak_flops:
-            flops = 3 * module.cost(module.net).forward_flops * images_per_second
+            flops = module.cost(module.net).training_flops * images_per_second
             self.values["train/mfu"] = flops / self.peak_flops
         trainer.logger.log_metrics(self.values, step=step)
         self._restart_clock()

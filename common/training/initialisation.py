@@ -1,7 +1,8 @@
-"""init_from: weights of another run, of a checkpoint, or of a published timm model, and what of them was loaded."""
+"""init_from: weights of another run, of a checkpoint, of a published timm or MAE model, and what of them was loaded."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,14 @@ from common.errors import InputError
 from common.model import VisionTransformer, resample_position
 from common.training.checkpoints import newest_readable, read
 
+REQUIRED = "required"  # what a config says that makes no sense without trained weights
+
 
 def check_source(source: str) -> None:
     """Refuses a source that is not there before anything is built."""
+    if source == REQUIRED:
+        raise InputError("--init_from: this config starts from trained weights; name a run folder or a checkpoint, or "
+                         "null to start from random weights")
     if not Path(source).exists():
         raise InputError(f"--init_from: there is no run folder or file {source}")
 
@@ -58,15 +64,16 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     prefix = next((f"{name}." for name, module in net.named_modules() if module is backbone and name), "")
     if not any(key.startswith(prefix) for key in weights):  # a classifier's weights for a net around a backbone
         weights = {prefix + key: value for key, value in weights.items()}
-    table = f"{prefix}pos_embed"
     own = net.state_dict()
-    if table not in dict(net.named_parameters()):
-        own.pop(table, None)  # a fixed table is computed, and stays as its config says
-    if table in own and table in weights and weights[table].shape[:-1] != own[table].shape[:-1]:
-        weights[table] = _resampled(weights[table], backbone)
-        report["resampled"].append(table)
-        rank_zero_warn("the position table was interpolated to another grid: this brings a 2D prior back "
-                       "that learned positions do not have (position_prior: interpolated)")
+    for table in (f"{prefix}{name}" for name in backbone.position_tables):
+        if table not in dict(net.named_parameters()):
+            own.pop(table, None)  # a fixed table is computed, and stays as its config says
+        elif table in weights and weights[table].shape[:-1] != own[table].shape[:-1]:
+            weights[table] = _resampled(weights[table], backbone)
+            report["resampled"].append(table)
+    if report["resampled"]:
+        rank_zero_warn(f"{', '.join(report['resampled'])}: the position table was interpolated to another grid, which "
+                       "brings a 2D prior back that learned positions do not have (position_prior: interpolated)")
     fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     projection = f"{prefix}patch_embed.proj.weight"
     kernel = (backbone.width, backbone.channels, backbone.patch_size, backbone.patch_size)
@@ -76,19 +83,26 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     report["loaded"] = [key for key in own if key not in result.missing_keys]
     report["missing"] = list(result.missing_keys)
     report["unexpected"] = [key for key in weights if key not in own or key in result.missing_keys]
-    head = tuple(f"{prefix}{name}." for name in ("head", "fc_norm", "norm"))
-    uncovered = [k for k in report["missing"] if k.startswith(prefix) and not k.startswith(head) and k in own]
+    fresh = tuple(f"{prefix}{name}" for name in backbone.fresh_for_a_task)
+    uncovered = [k for k in report["missing"] if k.startswith(prefix) and not k.startswith(fresh) and k in own]
     if uncovered:
         shapes = [f"{key} {tuple(own[key].shape)} "
                   + (f"(there {tuple(weights[key].shape)})" if key in weights else "(absent)") for key in uncovered]
         more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
         raise InputError(f"--init_from: {source} does not cover the encoder: {', '.join(shapes[:3])}{more}")
     for name in ("loaded", "missing", "unexpected", "resampled"):
-        keys = report[name]
-        print(f"init_from {name}: {len(keys)} {', '.join(keys) if name != 'loaded' else 'tensors'}")
+        print(f"init_from {name}: {len(report[name])} {_summary(report[name])}")
     if report["resampled"]:
         report["position_prior"] = "interpolated"
     return report
+
+
+def _summary(keys: list[str]) -> str:
+    """The keys, or where they are many the modules that they belong to; results.json names them all."""
+    if len(keys) <= 8:
+        return ", ".join(keys)
+    modules = Counter(key.partition(".")[0] for key in keys)
+    return "tensors in " + ", ".join(f"{module} ({count})" for module, count in modules.items())
 
 
 def _resampled(table: Tensor, backbone: VisionTransformer) -> Tensor:

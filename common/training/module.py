@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import torch
@@ -14,27 +14,35 @@ from torchmetrics import MetricCollection
 
 from common.data.loader import GlobalBatchData, rescale_progress
 from common.errors import InputError
-from common.model.flops import activation_bytes, forward_flops
+from common.model.flops import Precision, activation_bytes, forward_flops, training_flops
 from common.model.vit import VisionTransformer
 from common.randomness import seeded, uniform
 from common.training.ema import EMA
 from common.training.initialisation import initialise
 from common.training.optim import Recipe, adamw, lr_schedule
+from common.training.pictures import Pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Cost(NamedTuple):
-    """What a net costs: tokens of an image, parameters, FLOPs of an image's forward, bytes kept for its backward."""
+    """What a net costs: tokens of an image, parameters, FLOPs of an image's forward and of its whole training step,
+    bytes kept for its backward.
+    """
 
     tokens: int
     parameters: int
     forward_flops: int
+    training_flops: int
     activation_bytes: int
 
 
 class Experiment(L.LightningModule):
     """A net, a loss and metrics; the Trainer does the rest.
 
-    A study overrides `build`, `metrics`, `training_step` and `evaluate`, and names its headline metric.
+    A study overrides `build`, `metrics`, `training_step` and `evaluate`, and names its headline metric; `picture` and
+    `draw` where there is something to look at.
 
     Args:
         optim: the optimiser recipe.
@@ -45,6 +53,8 @@ class Experiment(L.LightningModule):
     higher_is_better = True
     # True where the loss is not a mean over images: a step must then see its whole batch on each device.
     whole_batch = False
+    picture = ""  # the name of the picture that a validation draws, where a study has one
+    picture_epochs = 0
 
     def __init__(self, optim: Recipe) -> None:
         super().__init__()
@@ -53,6 +63,7 @@ class Experiment(L.LightningModule):
         self.init_from: str | None = None  # set by the command line for a fresh start alone
         self.initialised: dict[str, Any] = {}
         self.scores: dict[str, MetricCollection] = {}
+        self.shown: Any = None  # what `evaluate` keeps of a validation for its picture
         self.trained_steps = 0  # of the checkpoint; Lightning restores its own count for training alone
 
     def build(self, data: GlobalBatchData) -> nn.Module:
@@ -65,6 +76,10 @@ class Experiment(L.LightningModule):
 
     def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
         """Updates `scores` with what `net` says of an evaluation batch."""
+        raise NotImplementedError
+
+    def draw(self, title: str) -> Figure:
+        """The picture of what `evaluate` kept in `shown`."""
         raise NotImplementedError
 
     def backbone(self, net: nn.Module) -> VisionTransformer:
@@ -84,26 +99,37 @@ class Experiment(L.LightningModule):
     def cost(self, net: nn.Module) -> Cost:
         vit = self.backbone(net)
         parameters = sum(p.numel() for p in net.parameters())
-        precision = self.trainer.precision if self.trainer.precision in ("bf16-mixed", "bf16-true") else "32-true"
-        return Cost(vit.tokens, parameters, forward_flops(vit), activation_bytes(vit, 1, precision))
+        # Of one image more: the copy of the weights under bf16-mixed is no image's.
+        activations = activation_bytes(vit, 2, self.precision) - activation_bytes(vit, 1, self.precision)
+        return Cost(vit.tokens, parameters, forward_flops(vit), training_flops(vit), activations)
+
+    @property
+    def precision(self) -> Precision:
+        """The Trainer's, as the formulas of memory know it."""
+        return self.trainer.precision if self.trainer.precision in ("bf16-mixed", "bf16-true") else "32-true"
+
+    def notes(self, net: nn.Module) -> dict[str, Any]:
+        """Further lines of the effective recipe."""
+        return {}
 
     def images_that_fit(self, data: GlobalBatchData) -> int:
         """The most images that a training step can hold on this device: 0.7 of its memory, less the weights' share."""
         with torch.device("meta"):
             cost = self.cost(self.build(data))
-        weights = 20 * cost.parameters  # fp32: weights, gradients, two moments, an average
+        weights = 22 * cost.parameters  # fp32: weights, gradients, two moments, an average; and a bf16 copy
         room = 0.7 * device_memory(self.trainer.strategy.root_device) - weights
         return max(int(room / cost.activation_bytes), 1)
 
     # Training
 
     def configure_callbacks(self) -> list[L.Callback]:
+        pictures = [Pictures(self.picture, self.picture_epochs)] if self.picture else []
         if self.optim.ema is None:
-            return []
+            return pictures
         if self.trainer.precision == "bf16-true":
             raise InputError("model.optim.ema: the average is kept in fp32 and cannot be evaluated under "
                              "trainer.precision=bf16-true; bf16-mixed can")
-        return [EMA(self.optim.ema, self.optim.ema_warmup)]
+        return [EMA(self.optim.ema, self.optim.ema_warmup), *pictures]
 
     def configure_optimizers(self) -> tuple[list, list]:
         data = self.trainer.datamodule
@@ -158,6 +184,7 @@ class Experiment(L.LightningModule):
         self.scores = {}
 
     def on_validation_epoch_start(self) -> None:
+        self.shown = None
         self._start("val")
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:

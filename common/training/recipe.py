@@ -40,7 +40,8 @@ def effective_recipe(trainer: L.Trainer, module: Experiment, data: GlobalBatchDa
         "parameters": cost.parameters,
         "forward GFLOP per image": round(cost.forward_flops / 1e9, 4),
         "activation MB per image": round(cost.activation_bytes / 1e6, 2),
-        "H200 hours at 790 TFLOP/s": float(f"{3 * cost.forward_flops * images / H200_FLOPS / 3600:.3g}"),
+        **module.notes(module.net),
+        "H200 hours at 790 TFLOP/s": float(f"{cost.training_flops * images / H200_FLOPS / 3600:.3g}"),
     }
 
 

@@ -209,9 +209,10 @@ class RunFolder(L.Callback):
             return
         data = trainer.datamodule
         images = f"{len(data.sets[split]):,} images" if whole else "not all images, so results.json stays as it is"
-        print(f"{self.folder} after {module.trained_steps:,} steps on {data.dataset}, {split}: {images}")
+        weights = module.init_from or f"{self.folder} after {module.trained_steps:,} steps"
+        print(f"{weights} on {data.dataset}, {split}: {images}")
         print_scores({tag: float(value) for tag, value in trainer.callback_metrics.items() if tag != "step"})
-        if whole:
+        if whole and not module.init_from:  # weights that were trained elsewhere are no run
             results = read_results(self.folder)
             results.setdefault("metrics", {}).update(_finite(trainer.callback_metrics))
             write_atomically(self.folder / "results.json", json.dumps(results, indent=2))
