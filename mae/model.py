@@ -83,12 +83,15 @@ class MaskedAutoencoder(VisionTransformer):
             nearest = nearest_divisors(self.decoder_heads, self.decoder_width)
             raise InputError(f"model.decoder_heads={self.decoder_heads} does not divide "
                              f"decoder_width={self.decoder_width}; nearest that do: {nearest}")
+        if self.norm_pix_loss not in ("none", "patch", "image"):
+            raise InputError(f"model.norm_pix_loss={self.norm_pix_loss!r} is not known; choose none, patch or image")
         if self.norm_pix_loss == "patch" and self.patch_size**2 * self.channels == 1:
             raise InputError("model.norm_pix_loss=patch: a patch of one pixel and one channel has no variance; "
                              "choose none or image")
 
     @torch.no_grad()
     def _initialise_as_mae(self) -> None:
+        # But for the bias of the patch embedding, a convolution's there, which at 3 inputs would drown the positions.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -45,6 +45,6 @@ def figure(shown: Tensor, title: str) -> Figure:
         axis.set_title(heading, fontsize=10)
     for row, images in zip(axes, shown.float().cpu(), strict=True):
         for axis, image in zip(row, images, strict=True):
-            axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_axis_off()
     return drawn

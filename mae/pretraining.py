@@ -110,7 +110,8 @@ class Pretraining(Experiment):
         """What each half costs, and what MAE's own decoder would."""
         with torch.device("meta"):
             sizes = {"width": net.width, "depth": net.depth, "heads": net.heads}
-            reference = MaskedAutoencoder(net.image_size, net.patch_size, net.channels, **sizes, **REFERENCE_DECODER)
+            reference = MaskedAutoencoder(net.image_size, net.patch_size, net.channels, qk_norm=net.qk_norm, **sizes,
+                                          **REFERENCE_DECODER)  # fmt: skip
         decoders = {"decoder of": net, "MAE's decoder would be": reference}
         return {
             "visible tokens": visible_tokens(net, self.mask_ratio),
@@ -172,7 +173,7 @@ class Pretraining(Experiment):
         shown = self.panels(images, net.reconstruct(images, prediction), mask)
         folder = Path(self.trainer.default_root_dir) / "predictions"
         for name, row in zip(batch["file"], shown, strict=True):
-            path = folder / f"{name}.png"
+            path = folder / f"{Path(name).relative_to(self.trainer.datamodule.images)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             figure(row[None], self.described(ratio)).savefig(path)
 

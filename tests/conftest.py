@@ -33,15 +33,17 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Outcome]:
-    """Runs `python -m supervised SUBCOMMAND --config CONFIG ARGS` on a small model, into tmp_path/runs."""
+    """Runs `python -m STUDY SUBCOMMAND --config CONFIG ARGS` on a small model, into tmp_path/runs."""
     monkeypatch.chdir(tmp_path)
 
-    def run(subcommand: str, *args: Any, config: Path | str = DIGITS, small: bool = True) -> Outcome:
-        argv = ["supervised", subcommand, "--config", config, *SMALL * small, *args]
+    def run(
+        subcommand: str, *args: Any, config: Path | str = DIGITS, small: bool = True, study: str = "supervised"
+    ) -> Outcome:
+        argv = [study, subcommand, "--config", config, *SMALL * small, *args]
         monkeypatch.setattr("sys.argv", [str(argument) for argument in argv])
         code = 0
         try:
-            main("supervised")
+            main(study)
         except SystemExit as leaving:
             code = leaving.code or 0
         return Outcome(code, *capsys.readouterr())

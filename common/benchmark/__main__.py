@@ -11,37 +11,14 @@ Markdown with command, hardware and versions, ready for RESULTS.md; progress goe
 from __future__ import annotations
 
 import argparse
-import logging
-import platform
-import shlex
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator
 
 import torch
 
+from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
 from common.command import run_command
-from common.errors import InputError
 
 MODES = ("step", "trainer", "augment")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Markdown whose columns are aligned in the source as well."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for cells in (columns, ["-" * width for width in widths], *rows):
-        yield f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
-
-
-def circumstances(arguments: Sequence[str], rounds: int) -> Iterator[str]:
-    """Command, hardware, versions: what a figure means nothing without."""
-    from common.training.run import commit, hardware
-    from common.training.trainer import Trainer
-
-    cpu = hardware(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "lightning"))
-    yield f"`{shlex.join(['python', '-m', 'common.benchmark', *arguments])}`  "
-    yield f"{cpu}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}; " \
-          f"commit {commit()}; medians over {rounds} rounds"
 
 
 def results(options: argparse.Namespace) -> Iterator[str]:
@@ -83,14 +60,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    for name, least in [("rounds", 1), ("threads", 1), ("depth", 1), ("batch", 1), ("steps", 2), ("images", 1)]:
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: give a whole number, {least} or more")
+    check_counts(options, rounds=1, threads=1, depth=1, batch=1, steps=2, images=1)
     torch.set_num_threads(options.threads)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # Lightning's tips at each of many short runs
-    for line in [*circumstances(arguments, options.rounds), *results(options)]:
+    quieten_lightning()
+    for line in [*circumstances("common.benchmark", arguments, options.rounds), *results(options)]:
         print(line)
     return 0
 

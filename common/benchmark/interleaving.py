@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+
+def timed(step: Callable[[], float]) -> Callable[[], float]:
+    """The seconds of a step instead of its loss."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -49,7 +49,7 @@ class NullExperiment(Experiment):
         return NullModel()
 
     def cost(self, net: nn.Module) -> Cost:
-        return Cost(tokens=1, parameters=1, forward_flops=1, activation_bytes=4)
+        return Cost(tokens=1, parameters=1, forward_flops=1, training_flops=3, activation_bytes=4)
 
     def metrics(self, data: GlobalBatchData) -> MetricCollection:
         return MetricCollection({})

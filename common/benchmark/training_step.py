@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from common.benchmark.interleaving import interleaved, ratios
+from common.benchmark.interleaving import interleaved, ratios, timed
 from common.model import SIZES, VisionTransformer
 from common.training.optim import Recipe, adamw
 
@@ -83,17 +82,6 @@ def training_step(net: nn.Module, images: Tensor, labels: Tensor, precision: str
         return loss.item()
 
     return step
-
-
-def timed(step: Callable[[], float]) -> Callable[[], float]:
-    """The seconds of a step instead of its loss."""
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-
-    return seconds
 
 
 def measure(case: Case, rounds: int) -> tuple[str, ...]:

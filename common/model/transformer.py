@@ -4,6 +4,7 @@ Shapes: B batch, N tokens (prefix included), D width, H heads, K = D / H channel
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +44,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around an exact GELU, four times as wide inside."""
+    """Two linear layers around a GELU, exact or approximated by tanh, four times as wide inside."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, approximate: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class Block(nn.Module):

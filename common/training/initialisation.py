@@ -54,10 +54,11 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     """Loads what fits of `source` into `net` and says what was loaded, missing, unexpected, resampled.
 
     A position table of another grid is resampled, which brings a 2D prior back (paper, section 2.2): it is said, and
-    recorded as `position_prior: interpolated`. The head may differ (another task); the encoder must be covered.
+    recorded as `position_prior: interpolated`. The head may differ (another task), and so may a decoder; the encoder
+    must be covered.
 
     Raises:
-        InputError: parameters of the backbone other than its head are not in the source, or differ in shape.
+        InputError: parameters of the encoder are not in the source, or differ in shape, or it has more blocks.
     """
     weights = state_dict_of(source)
     report: dict[str, Any] = {"source": str(source), "loaded": [], "missing": [], "unexpected": [], "resampled": []}
@@ -66,35 +67,47 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
         weights = {prefix + key: value for key, value in weights.items()}
     own = net.state_dict()
     for table in (f"{prefix}{name}" for name in backbone.position_tables):
-        if table not in dict(net.named_parameters()):
-            own.pop(table, None)  # a fixed table is computed, and stays as its config says
+        if table not in dict(net.named_parameters()):  # a fixed table is computed, and stays as its config says
+            own.pop(table, None)
+            weights.pop(table, None)
         elif table in weights and weights[table].shape[:-1] != own[table].shape[:-1]:
             weights[table] = _resampled(weights[table], backbone)
             report["resampled"].append(table)
-    if report["resampled"]:
-        rank_zero_warn(f"{', '.join(report['resampled'])}: the position table was interpolated to another grid, which "
-                       "brings a 2D prior back that learned positions do not have (position_prior: interpolated)")
     fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     projection = f"{prefix}patch_embed.proj.weight"
     kernel = (backbone.width, backbone.channels, backbone.patch_size, backbone.patch_size)
     if projection in own and projection in weights and weights[projection].shape == kernel:
         fitting[projection] = weights[projection]  # a convolution's, which the patch embedding reshapes
-    result = net.load_state_dict(fitting, strict=False)
-    report["loaded"] = [key for key in own if key not in result.missing_keys]
-    report["missing"] = list(result.missing_keys)
-    report["unexpected"] = [key for key in weights if key not in own or key in result.missing_keys]
     fresh = tuple(f"{prefix}{name}" for name in backbone.fresh_for_a_task)
-    uncovered = [k for k in report["missing"] if k.startswith(prefix) and not k.startswith(fresh) and k in own]
+    for part in fresh:  # a head or a decoder as a whole or not at all: another one's half would be noise
+        if any(key.startswith(part) and key not in fitting for key in own):
+            fitting = {key: value for key, value in fitting.items() if not key.startswith(part)}
+    report["loaded"] = [key for key in own if key in fitting]
+    report["missing"] = [key for key in own if key not in fitting]
+    report["unexpected"] = [key for key in weights if key not in fitting]
+    report["resampled"] = [key for key in report["resampled"] if key in fitting]
+    uncovered = [key for key in report["missing"] if key.startswith(prefix) and not key.startswith(fresh)]
     if uncovered:
-        shapes = [f"{key} {tuple(own[key].shape)} "
-                  + (f"(there {tuple(weights[key].shape)})" if key in weights else "(absent)") for key in uncovered]
-        more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
-        raise InputError(f"--init_from: {source} does not cover the encoder: {', '.join(shapes[:3])}{more}")
+        raise InputError(f"--init_from: {source} does not cover the encoder: {_shapes(uncovered, own, weights)}")
+    dropped = [key for key in report["unexpected"] if key.startswith(f"{prefix}blocks.")]
+    if dropped:
+        raise InputError(f"--init_from: {source} has blocks that this encoder lacks: {_shapes(dropped, weights, own)}")
+    net.load_state_dict(fitting, strict=False)
+    if report["resampled"]:
+        rank_zero_warn(f"{', '.join(report['resampled'])}: the position table was interpolated to another grid, which "
+                       "brings a 2D prior back that learned positions do not have (position_prior: interpolated)")
     for name in ("loaded", "missing", "unexpected", "resampled"):
         print(f"init_from {name}: {len(report[name])} {_summary(report[name])}")
     if report["resampled"]:
         report["position_prior"] = "interpolated"
     return report
+
+
+def _shapes(keys: list[str], here: dict[str, Tensor], there: dict[str, Tensor]) -> str:
+    """The first of the keys with their shapes here and there."""
+    shapes = [f"{key} {tuple(here[key].shape)} "
+              + (f"(there {tuple(there[key].shape)})" if key in there else "(absent)") for key in keys]
+    return ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
 
 
 def _summary(keys: list[str]) -> str:

@@ -95,6 +95,10 @@ class Experiment(L.LightningModule):
                 self.net = self.build(self.trainer.datamodule)
             if self.init_from:
                 self.initialised = initialise(self.net, self.backbone(self.net), self.init_from)
+                if self.trainer.state.fn != "fit" and self.initialised["missing"]:
+                    raise InputError(f"--init_from: {self.init_from} lacks {', '.join(self.initialised['missing'][:3])}"
+                                     f" ({len(self.initialised['missing'])} in all), without which there is nothing to "
+                                     f"{self.trainer.state.fn}; fit trains them")
 
     def cost(self, net: nn.Module) -> Cost:
         vit = self.backbone(net)

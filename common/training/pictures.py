@@ -28,12 +28,13 @@ class Pictures(L.Callback):
         due = self.every and (epoch % self.every == 0 or epoch == trainer.max_epochs)
         if not due or trainer.state.fn != "fit" or not trainer.is_global_zero or trainer.sanity_checking:
             return
-        figure = module.draw(f"validation images after epoch {epoch}")
+        from PIL import Image
+
+        picture = pixels(module.draw(f"validation images after epoch {epoch}"))  # once: a second costs as much again
         folder = Path(trainer.default_root_dir) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{self.name}.png")
+        Image.fromarray(picture).save(folder / f"{self.name}.png")
         if trainer.logger is not None:
-            picture = pixels(figure)
             trainer.logger.experiment.add_image(f"val/{self.name}", picture, trainer.global_step, dataformats="HWC")
 
 

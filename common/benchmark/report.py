@@ -1,0 +1,52 @@
+"""What a benchmark prints: Markdown with command, hardware and versions, ready for RESULTS.md."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+import torch
+
+from common.errors import InputError
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Markdown whose columns are aligned in the source as well."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for cells in (columns, ["-" * width for width in widths], *rows):
+        yield f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
+
+
+def circumstances(module: str, arguments: Sequence[str], rounds: int) -> Iterator[str]:
+    """Command (`python -m module arguments`), hardware, versions: what a figure means nothing without."""
+    # Lightning costs seconds, which a command that was mistyped need not wait for.
+    from common.training.run import commit, hardware
+    from common.training.trainer import Trainer
+
+    cpu = hardware(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "lightning"))
+    yield f"`{shlex.join(['python', '-m', module, *arguments])}`  "
+    yield f"{cpu}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}; " \
+          f"commit {commit()}; medians over {rounds} rounds"
+
+
+def quieten_lightning() -> None:
+    """Silences the tips that Lightning gives at each of many short runs."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def check_counts(options: argparse.Namespace, **least: int) -> None:
+    """That each named option is at least so much, or was left out.
+
+    Raises:
+        InputError: one that is less.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise InputError(f"--{name} {value}: give a whole number, {bound} or more")

@@ -1,0 +1,150 @@
+"""What masking saves of a training step's time and memory, on the CPU, next to the formulas of mae.cost.
+
+The encoder sees a quarter of the tokens and the decoder all of them, so that the decoder decides how much is left of
+the saving: three are measured. A step is forward, loss, backward and AdamW in fp32; the loss is taken over all tokens
+on both sides, since without a mask there are no masked ones. Steps with and without a mask take turns, and each ratio
+is the median over rounds of what was measured side by side. The result is Markdown for RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
+from common.command import run_command
+from common.training.optim import Recipe, adamw
+from mae.cost import activation_bytes, forward_flops
+from mae.model import MaskedAutoencoder
+
+MASKED, WHOLE = 0.75, 0.0  # the mask ratios of the two sides
+RECIPE = Recipe(lr=1e-4)
+TIME_COLUMNS = ("decoder", "ms at 0.75", "ms at 0", "measured ratio (quartiles)", "ratio of FLOPs", "apart")
+MEMORY_COLUMNS = ("decoder", "MB at 0.75", "blocks at 0.75", "MB at 0", "blocks at 0", "ratio", "ratio of blocks")
+
+
+class Decoder(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+
+
+# One narrower than any, that of our configs, MAE's.
+DECODERS = (Decoder(192, 8, 3), Decoder(256, 8, 8), Decoder(512, 8, 16))
+
+
+class Step:
+    """A training step of one model on one random batch, at a mask ratio that the caller chooses."""
+
+    def __init__(self, net: MaskedAutoencoder, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.net = net
+        self.images = torch.randn(batch, net.channels, *net.image_size, generator=generator)
+        self.noise = torch.rand(batch, net.tokens, generator=generator)
+        self.optimizer = adamw(net, RECIPE, RECIPE.lr)
+
+    def loss(self, mask_ratio: float) -> Tensor:
+        """MAE's loss, but over all tokens."""
+        latent, _, ids_restore = self.net.forward_encoder(self.images, self.noise, mask_ratio)
+        prediction = self.net.forward_decoder(latent, ids_restore)
+        return self.net.forward_loss(self.images, prediction, torch.ones_like(self.noise))
+
+    def __call__(self, mask_ratio: float) -> float:
+        """Takes the step and returns its loss."""
+        self.optimizer.zero_grad()
+        loss = self.loss(mask_ratio)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def kept_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `forward`, the weights apart; a storage counts once."""
+    apart = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is given out twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A row of the table of times, and one of the table of memory per image."""
+    name = f"{net.decoder_width} x {net.decoder_depth} x {net.decoder_heads}"
+    step = Step(net, batch)
+    kept = {side: kept_bytes(partial(step.loss, side), net.parameters()) / batch for side in (MASKED, WHOLE)}
+    formula = {side: activation_bytes(net, side) for side in kept}
+    memory = (
+        name, *(f"{count / 1e6:.1f}" for side in kept for count in (kept[side], formula[side])),
+        f"{kept[MASKED] / kept[WHOLE]:.3f}", f"{formula[MASKED] / formula[WHOLE]:.3f}",
+    )  # fmt: skip
+
+    for side in (MASKED, WHOLE):
+        step(side)  # the first allocates the optimiser's state
+    sides = {"masked": timed(partial(step, MASKED)), "whole": timed(partial(step, WHOLE))}
+    seconds = interleaved(sides, rounds)
+    measured = ratios(seconds["whole"], seconds["masked"])  # below 1: the share of a whole step that is left
+    expected = forward_flops(net, MASKED) / forward_flops(net, WHOLE)
+    return (
+        name, *(f"{1e3 * statistics.median(times):.0f}" for times in seconds.values()),
+        f"{measured:.3f}", f"{expected:.3f}", f"{100 * (measured.median / expected - 1):+.1f} %",
+    ), memory  # fmt: skip
+
+
+def results(options: argparse.Namespace) -> Iterator[str]:
+    rows = []
+    for decoder in DECODERS:
+        torch.manual_seed(0)
+        net = MaskedAutoencoder(
+            options.image, options.patch_size, size=options.size, decoder_width=decoder.width,
+            decoder_depth=decoder.depth, decoder_heads=decoder.heads,
+        )  # fmt: skip
+        rows.append(measure(net, options.batch, options.rounds))
+    times, memory = zip(*rows, strict=True)
+    model = f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, fp32"
+    yield from ("", f"Training step of {model}; decoders as width x blocks x heads:", "", *table(TIME_COLUMNS, times))
+    yield from ("", "Kept for the backward, per image, measured and of the blocks alone by formula:", "")
+    yield from table(MEMORY_COLUMNS, memory)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m mae.benchmark", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny", help="row of the table of sizes (default tiny)")
+    for name, default, text in [
+        ("patch_size", 1, "side of a patch in pixels"),
+        ("image", 32, "side of an image in pixels"),
+        ("batch", 2, "images of a step"),
+        ("rounds", 12, "pairs that a median is taken over"),
+        ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
+    ]:
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    check_counts(options, patch_size=1, image=1, batch=1, rounds=1, threads=1)
+    torch.set_num_threads(options.threads)
+    quieten_lightning()
+    for line in [*circumstances("mae.benchmark", arguments, options.rounds), *results(options)]:
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
