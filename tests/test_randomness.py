@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from common.randomness import hashed, permutation, seeded, uniform
+from common.randomness import hashed, normal, permutation, seeded, uniform
 
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -81,6 +81,23 @@ def test_neighbouring_streams_and_steps_are_uncorrelated():
 def test_each_bit_of_a_hash_is_fair():
     bits = hashed("bits", torch.arange(20_000))[:, None] >> torch.arange(64) & 1
     assert (bits.double().mean(0) - 0.5).abs().max() < 4.5 * 0.5 / 20_000**0.5
+
+
+def test_normal_draws_are_normal_and_independent():
+    draws = normal("noise", 0, torch.arange(20_000), n=5)
+    assert draws.shape == (20_000, 5) and draws.dtype == torch.float32
+    for column in draws.T:
+        assert stats.kstest(column.numpy(), "norm").pvalue > 1e-3
+    for moments in (draws, draws.square()):  # a pair of Box and Muller shares its radius
+        correlation = torch.corrcoef(moments.T) - torch.eye(5)
+        assert correlation.abs().max() < 4.5 / 20_000**0.5
+
+
+def test_normal_draws_depend_on_their_keys_alone():
+    whole = normal("noise", 3, torch.arange(10), n=7)
+    assert torch.equal(normal("noise", 3, torch.tensor([9, 4]), n=7), whole[[9, 4]])
+    assert torch.equal(normal("noise", 3, torch.arange(10), n=6), whole[:, :6])
+    assert not (normal("noise", 4, torch.arange(10), n=7) == whole).any()
 
 
 def test_permutations():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -41,7 +42,7 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, given: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # --run_nam must not pass for --run_name
-        self.given = given or []
+        self.given, self.folder = given or [], Path.cwd()
 
     def parse_args(self, args: list[str] | None = None, *more: Any, **options: Any) -> Namespace:
         if not self.exit_on_error and args:  # a parser inside the parser is handed a typed null as Python prints it
@@ -51,7 +52,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         if not self.exit_on_error:  # a parser inside the parser, for the arguments of a class
             super().error(message, ex)
-        raise InputError(explain(message, ex, self.given)) from ex
+        with contextlib.chdir(self.folder):  # jsonargparse reads a config in the config's own folder
+            raise InputError(explain(message, ex, self.given)) from ex
 
 
 class StudyCLI(LightningCLI):

@@ -1,0 +1,117 @@
+"""The LightningDataModule of what a diffusion model is trained on: latents of images, or the pixels themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data import ImageData
+from common.data.loader import Draw
+from common.errors import InputError
+from common.randomness import normal
+from diffusion.autoencoder import Autoencoder
+from diffusion.latents import SPLITS, LatentSet
+from diffusion.published import load_autoencoder
+
+
+class LatentData(ImageData):
+    """Labelled images as normalised latents (z, h, w) of a frozen autoencoder, encoded on the device.
+
+    A batch is that of ImageData, with latents as its `image`. KL's latents are drawn anew for every (seed, epoch,
+    index). Without an autoencoder they are the pixels, and all this is ImageData.
+
+    Args:
+        autoencoder: a run folder of an autoencoder's training, or a published autoencoder; none trains on pixels.
+        latents: a folder that `python -m diffusion.latents` wrote, read in place of the images in training and
+            validation; none encodes images as they come.
+        **kwargs: see ImageData; images are mapped to [-1, 1].
+    """
+
+    def __init__(self, *args: Any, autoencoder: str | None = None, latents: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if set(self.mean) != {0.5} or set(self.std) != {0.5}:
+            raise InputError(f"data.mean, data.std: {list(self.mean)} and {list(self.std)}; diffusion takes images in "
+                             "[-1, 1], so leave both at 0.5")
+        if latents and not autoencoder:
+            raise InputError("data.latents: needs data.autoencoder too, which turns samples into images")
+        self.autoencoder_source, self.latents = autoencoder, latents
+        self.autoencoder: Autoencoder | None = None
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Of what the model sees (h, w)."""
+        factor = self.autoencoder.factor if self.autoencoder else 1
+        return self.image_size[0] // factor, self.image_size[1] // factor
+
+    @property
+    def input_channels(self) -> int:
+        return self.autoencoder.channels if self.autoencoder else self.channels
+
+    def load_autoencoder(self) -> Autoencoder | None:
+        if self.autoencoder_source and self.autoencoder is None:
+            self.autoencoder = load_autoencoder(self.autoencoder_source).requires_grad_(False).eval()
+            if self.autoencoder.config["image_channels"] != self.channels:
+                raise InputError(f"data.autoencoder: {self.autoencoder_source} is for images of "
+                                 f"{self.autoencoder.config['image_channels']} channels; {self.source.name} has "
+                                 f"{self.channels}")
+            for side in self.image_size:
+                if side % self.autoencoder.factor:
+                    raise InputError(f"data.image_size: {side} is no multiple of the {self.autoencoder.factor} pixels "
+                                     "of a latent cell")
+        return self.autoencoder
+
+    def setup(self, stage: str) -> None:
+        self.load_autoencoder()
+        super().setup(stage)
+
+    def load(self, split: str) -> Dataset:
+        if split == "predict":
+            return SampleNumbers(self.trainer.lightning_module.missing_samples())
+        if self.latents and split in SPLITS:
+            augment = self.augment if split == "train" else None
+            return LatentSet(self.latents, split, self.autoencoder.fingerprint(), augment, self.trainer.seed)
+        return super().load(split)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        if self.trainer.predicting:
+            return batch
+        if "moments" in batch:
+            moments = batch.pop("moments")
+        else:
+            batch = super().on_after_batch_transfer(batch, dataloader_idx)
+            if self.autoencoder is None:
+                return batch
+            with torch.no_grad():
+                moments = self.autoencoder.to(batch["image"].device).moments(batch["image"])
+        latents = self.autoencoder.normalise(self.autoencoder.sample(moments, self._noise(batch, moments)))
+        return {**batch, "image": latents}
+
+    def _noise(self, batch: dict[str, Any], moments: Tensor) -> Tensor | None:
+        if self.autoencoder.kind == "vq":
+            return None
+        shape = (len(moments), self.autoencoder.channels, *moments.shape[2:])
+        draws = normal("latent", self.trainer.seed, batch["epoch"], batch["index"], n=shape[1:].numel())
+        return draws.view(shape)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """What a model generates, (B, z, h, w), as images (B, C, H, W) in about [-1, 1]."""
+        if self.autoencoder is None:
+            return latents
+        return self.autoencoder.to(latents.device).decode(self.autoencoder.denormalise(latents))
+
+
+class SampleNumbers(Dataset):
+    """Numbers of the samples that are to be generated."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = torch.tensor(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        return {"number": self.numbers[[draw.index for draw in draws]]}

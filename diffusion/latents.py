@@ -1,0 +1,160 @@
+"""python -m diffusion.latents FOLDER --config diffusion/configs/NAME.yaml --data.autoencoder RUN: encodes a data set
+once, so that training reads its latents instead of encoding images in every epoch.
+
+What is kept are moments, from which KL's latents are drawn anew in every epoch, of each image and of its mirror image
+where training flips. The same command goes on where it stopped, shard by shard. `--data.latents FOLDER` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.command import run_command
+from common.data import ImageData
+from common.data.augment import FLIP, PLAIN, Augment
+from common.data.loader import Draw
+from common.errors import InputError
+from common.training.run import write_atomically
+
+if TYPE_CHECKING:
+    from diffusion.latent_data import LatentData
+
+SHARD = 4096  # images; at 32x32x4 in fp16 67 MB with mirror images
+SPLITS = ("train", "val")
+
+
+class LatentSet(Dataset):
+    """Moments of a split in memory-mapped shards.
+
+    Args:
+        folder: that the command wrote.
+        split: train or val.
+        fingerprint: of the autoencoder that is to decode what is generated.
+        augment: its flip decides between an image and its mirror image, exactly as where images are encoded as they
+            come; none takes the images.
+        seed: of that decision.
+
+    Raises:
+        InputError: no such cache, an unfinished one, or one of another autoencoder.
+    """
+
+    def __init__(self, folder: str | Path, split: str, fingerprint: str, augment: Augment | None, seed: int) -> None:
+        self.folder, self.augment, self.seed = Path(folder) / split, augment, seed
+        index = read_index(Path(folder), split)
+        if index["fingerprint"] != fingerprint:
+            raise InputError(f"data.latents: {folder} was encoded by another autoencoder than data.autoencoder (or "
+                             "before its training went on); encode anew with python -m diffusion.latents")
+        if augment is not None and augment.flip and not index["flips"]:
+            raise InputError(f"data.latents: {folder} holds no mirror images, and data.augment.flip is {augment.flip}")
+        self.images, self.shard = index["images"], index["shard"]
+        self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
+        self.shards = [np.load(path, mmap_mode="r") for path in shard_files(self.folder, self.images, self.shard)]
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        keys = {name: torch.tensor([getattr(draw, name) for draw in draws]) for name in Draw._fields}
+        index = keys["index"]
+        mirrored = torch.zeros(len(draws), dtype=torch.long)
+        if self.augment is not None and self.augment.flip:
+            mirrored = (self.augment.draws(self.seed, keys["epoch"], index)[:, FLIP] < self.augment.flip).long()
+        rows = [self.shards[i // self.shard][i % self.shard, m] for i, m in
+                zip(index.tolist(), mirrored.tolist(), strict=True)]  # fmt: skip
+        return {"moments": torch.from_numpy(np.stack(rows)).float(), "label": self.labels[index], **keys}
+
+
+def read_index(folder: Path, split: str) -> dict[str, Any]:
+    path = folder / split / "index.json"
+    if not path.is_file():
+        raise InputError(f"data.latents: {folder} holds no finished {split} split; python -m diffusion.latents "
+                         f"{folder} writes it, or goes on with it")
+    return json.loads(path.read_text())
+
+
+def shard_files(folder: Path, images: int, shard: int) -> list[Path]:
+    return [folder / f"{number:05d}.npy" for number in range(-(-images // shard))]
+
+
+def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
+    """The images of a training's command line, none mirrored, and whether the training mirrors them.
+
+    Raises:
+        InputError: an augmentation that no cache can hold, or no autoencoder.
+    """
+    from common.training.cli import StudyCLI  # costs seconds, which `--help` need not wait for
+
+    cli = StudyCLI("diffusion", ["fit", *arguments], run=False)
+    data = cli.parser.instantiate_classes(cli.config)["fit"].data
+    if getattr(data, "autoencoder_source", None) is None:
+        raise InputError("data.autoencoder: there is nothing to encode with; name the run folder of an autoencoder")
+    flips = data.augment.flip > 0
+    if replace(data.augment, flip=0.0) != replace(PLAIN, interpolation=data.augment.interpolation):
+        raise InputError("data.augment: latents are encoded once, so all of it but flip must be off")
+    data.augment, data.latents = replace(data.augment, flip=0.0), None
+    return data, flips
+
+
+def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
+    """Writes the moments of a split, and of its mirror images; shards that are there already are kept."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data.trainer = SimpleNamespace(training=split == "train", predicting=False, seed=0)
+    autoencoder, images = data.load_autoencoder().to(device), data.load(split)
+    data.sets[split] = images
+    index = {"fingerprint": autoencoder.fingerprint(), "dataset": data.dataset, "images": len(images), "shard": SHARD,
+             "image_size": data.image_size, "flips": flips}  # fmt: skip
+    started = folder / split / "started.json"
+    if started.is_file() and json.loads(started.read_text()) != json.loads(json.dumps(index)):
+        raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; name another folder")
+    write_atomically(started, json.dumps(index))
+    begun = time.perf_counter()
+    for number, path in enumerate(shard_files(folder / split, len(images), SHARD)):
+        if path.is_file():
+            continue
+        rows = []
+        for some in torch.arange(number * SHARD, min((number + 1) * SHARD, len(images))).split(data.eval_batch_size):
+            batch = images.__getitems__([Draw(0, i, 0) for i in some.tolist()])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            pixels = ImageData.on_after_batch_transfer(data, batch, 0)["image"]
+            views = [pixels, pixels.flip(-1)] if flips else [pixels]
+            rows.append(torch.stack([autoencoder.moments(view) for view in views], dim=1).cpu())
+        _save(path, torch.cat(rows).numpy())
+        done = min((number + 1) * SHARD, len(images))
+        print(f"{split}: {done:,} of {len(images):,} images, {time.perf_counter() - begun:.0f} s", flush=True)
+    _save(folder / split / "labels.npy", images.labels.numpy())
+    write_atomically(folder / split / "index.json", json.dumps(index))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    temporary.replace(path)  # a shard is whole, or not there
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m diffusion.latents", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the latents go")
+    parser.add_argument("--config", required=True, metavar="FILE", help="of the training that will read them")
+    options, overrides = parser.parse_known_args(arguments)
+    data, flips = images_of(["--config", options.config, *overrides])
+    for split in SPLITS:
+        encode(data, flips and split == "train", options.folder, split)
+    print(f"finished: {options.folder}; train with --data.latents {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""python -m common.weights: what is found, missing or another file."""
+
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from common.command import run_command
+from common.errors import InputError
+from common.weights import FILES, External, main, state
+from diffusion.evaluate import load_extractor
+from diffusion.perceptual import LINEAR, LPIPS
+
+# Of the three bytes "abc", as the algorithms' own standards print them.
+SHA256 = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+MD5 = "md5:900150983cd24fb0d6963f7d28e17f72"
+
+
+@pytest.mark.parametrize("checksum", [SHA256, MD5, "md5:900150"])
+def test_a_file_is_compared_with_the_known_digits(tmp_path, checksum):
+    external = External("x", "weights/x.pth", "", "", checksum)
+    assert state(external, tmp_path) == "missing"
+    file = tmp_path / "weights" / "x.pth"
+    file.parent.mkdir()
+    assert state(external._replace(file="weights"), tmp_path) == "missing"  # a folder is no file
+    file.write_bytes(b"abc")
+    assert state(external, tmp_path) == "found"
+    file.write_bytes(b"abd")
+    assert state(external, tmp_path) == "another checksum"
+    assert state(external._replace(checksum="unknown"), tmp_path) == "found"
+
+
+def test_the_lpips_weights_that_torchmetrics_installs_are_the_published_ones(tmp_path):
+    package = Path(find_spec("torchmetrics").submodule_search_locations[0])
+    external = next(external for external in FILES if external.name == "lpips")
+    file = tmp_path / external.file
+    file.parent.mkdir(parents=True)
+    shutil.copyfile(package / "functional/image/lpips_models/vgg.pth", file)
+    assert state(external, tmp_path) == "found"
+    with open(file, "r+b") as content:  # one byte of the weights
+        content.seek(1500)
+        byte = content.read(1)
+        content.seek(1500)
+        content.write(bytes([byte[0] ^ 1]))
+    assert state(external, tmp_path) == "another checksum"
+
+
+def test_the_places_are_those_that_the_suite_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {external.name: str(Path("data") / external.file) for external in FILES}
+    with pytest.raises(InputError, match=re.escape(f" {files['inception']}")):
+        load_extractor("inception", None)
+    with pytest.raises(InputError, match=re.escape(files["vgg16"])):
+        LPIPS().load(Path("data"))
+    assert files["lpips"] == str(Path("data") / LINEAR)
+
+
+def test_the_table(tmp_path, capsys):
+    for field in ("name", "file"):
+        assert len({getattr(external, field) for external in FILES}) == len(FILES)
+    for external in FILES:
+        assert re.fullmatch(r"unknown|sha256:[0-9a-f]{64}|md5:[0-9a-f]{6,32}", external.checksum), external
+        # Where a name carries the first digits of the file's sha256, as torch.hub's do, both must agree.
+        tag = re.search(r"-([0-9a-f]{8})\.pth$", external.file)
+        assert tag is None or external.checksum.startswith(f"sha256:{tag[1]}")
+    dit = next(external for external in FILES if external.name == "dit-xl-2")
+    (tmp_path / dit.file).parent.mkdir(parents=True)
+    (tmp_path / dit.file).write_bytes(b"abc")
+    assert main(["--root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for external in FILES:
+        line = next(line for line in out.splitlines() if str(tmp_path / external.file) in line)
+        assert line.startswith("found " if external is dit else "missing "), line
+        assert external.use in out and external.source in out and external.checksum in out
+
+
+@pytest.mark.parametrize("name, code, said", [
+    ("dit-xl-2", 0, "dit-xl-2: found"),
+    ("vgg16", 2, "another checksum (expected sha256:397923af"),
+    ("lpips", 2, "missing"),
+    ("vgg", 2, "not known; choose one of vgg16, lpips"),
+])
+def test_check_leaves_with_an_exit_code(tmp_path, monkeypatch, capsys, name, code, said):
+    for external in FILES:
+        if external.name in ("dit-xl-2", "vgg16"):
+            (tmp_path / external.file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / external.file).write_bytes(b"abc")
+    monkeypatch.setattr(sys, "argv", ["common.weights", "--root", str(tmp_path), "--check", name])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(main)
+    assert leaving.value.code == code
+    assert said in "".join(capsys.readouterr())
