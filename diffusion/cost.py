@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.model.flops import _BYTES, Precision, block_bytes, block_flops
+from common.model.flops import BYTES, Precision, block_bytes, block_flops
 from diffusion.dit import SINUSOIDS, DiT
 
 
@@ -26,7 +26,7 @@ def activation_bytes(net: DiT, precision: Precision = "32-true") -> int:
     image and not to a token, and the weights' copies under bf16-mixed, is left out. A checkpointed block keeps its
     input alone, but one block at a time is computed again.
     """
-    stream, inner = _BYTES[precision]
+    stream, inner = BYTES[precision]
     vectors = net.tokens * net.width
     block = block_bytes(net.tokens, net.width, precision, net.qk_norm) + 2 * vectors * (stream + inner)
     full = max(net.depth - net.checkpoint_blocks, 1)

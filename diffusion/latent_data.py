@@ -13,7 +13,7 @@ from common.data.loader import Draw
 from common.errors import InputError
 from common.randomness import normal
 from diffusion.autoencoder import Autoencoder
-from diffusion.latents import SPLITS, LatentSet
+from diffusion.latent_set import SPLITS, LatentSet
 from diffusion.published import load_autoencoder
 
 
@@ -92,7 +92,7 @@ class LatentData(ImageData):
     def _noise(self, batch: dict[str, Any], moments: Tensor) -> Tensor | None:
         if self.autoencoder.kind == "vq":
             return None
-        shape = (len(moments), self.autoencoder.channels, *moments.shape[2:])
+        shape = torch.Size((len(moments), self.autoencoder.channels, *moments.shape[2:]))
         draws = normal("latent", self.trainer.seed, batch["epoch"], batch["index"], n=shape[1:].numel())
         return draws.view(shape)
 

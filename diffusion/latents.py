@@ -13,78 +13,23 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from common.command import run_command
 from common.data import ImageData
-from common.data.augment import FLIP, PLAIN, Augment
+from common.data.augment import PLAIN
 from common.data.loader import Draw
 from common.errors import InputError
 from common.training.run import write_atomically
+from diffusion.latent_set import SPLITS, shard_files
 
 if TYPE_CHECKING:
     from diffusion.latent_data import LatentData
 
-SHARD = 4096  # images; at 32x32x4 in fp16 67 MB with mirror images
-SPLITS = ("train", "val")
-
-
-class LatentSet(Dataset):
-    """Moments of a split in memory-mapped shards.
-
-    Args:
-        folder: that the command wrote.
-        split: train or val.
-        fingerprint: of the autoencoder that is to decode what is generated.
-        augment: its flip decides between an image and its mirror image, exactly as where images are encoded as they
-            come; none takes the images.
-        seed: of that decision.
-
-    Raises:
-        InputError: no such cache, an unfinished one, or one of another autoencoder.
-    """
-
-    def __init__(self, folder: str | Path, split: str, fingerprint: str, augment: Augment | None, seed: int) -> None:
-        self.folder, self.augment, self.seed = Path(folder) / split, augment, seed
-        index = read_index(Path(folder), split)
-        if index["fingerprint"] != fingerprint:
-            raise InputError(f"data.latents: {folder} was encoded by another autoencoder than data.autoencoder (or "
-                             "before its training went on); encode anew with python -m diffusion.latents")
-        if augment is not None and augment.flip and not index["flips"]:
-            raise InputError(f"data.latents: {folder} holds no mirror images, and data.augment.flip is {augment.flip}")
-        self.images, self.shard = index["images"], index["shard"]
-        self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
-        self.shards = [np.load(path, mmap_mode="r") for path in shard_files(self.folder, self.images, self.shard)]
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        keys = {name: torch.tensor([getattr(draw, name) for draw in draws]) for name in Draw._fields}
-        index = keys["index"]
-        mirrored = torch.zeros(len(draws), dtype=torch.long)
-        if self.augment is not None and self.augment.flip:
-            mirrored = (self.augment.draws(self.seed, keys["epoch"], index)[:, FLIP] < self.augment.flip).long()
-        rows = [self.shards[i // self.shard][i % self.shard, m] for i, m in
-                zip(index.tolist(), mirrored.tolist(), strict=True)]  # fmt: skip
-        return {"moments": torch.from_numpy(np.stack(rows)).float(), "label": self.labels[index], **keys}
-
-
-def read_index(folder: Path, split: str) -> dict[str, Any]:
-    path = folder / split / "index.json"
-    if not path.is_file():
-        raise InputError(f"data.latents: {folder} holds no finished {split} split; python -m diffusion.latents "
-                         f"{folder} writes it, or goes on with it")
-    return json.loads(path.read_text())
-
-
-def shard_files(folder: Path, images: int, shard: int) -> list[Path]:
-    return [folder / f"{number:05d}.npy" for number in range(-(-images // shard))]
+SHARD = 4096  # images; at 32x32x4 in fp32 134 MB with mirror images
 
 
 def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
@@ -93,10 +38,11 @@ def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
     Raises:
         InputError: an augmentation that no cache can hold, or no autoencoder.
     """
-    from common.training.cli import StudyCLI  # costs seconds, which `--help` need not wait for
+    from common.training.cli import StudyCLI, quieten  # costs seconds, which `--help` need not wait for
 
+    quieten()
     cli = StudyCLI("diffusion", ["fit", *arguments], run=False)
-    data = cli.parser.instantiate_classes(cli.config)["fit"].data
+    data = cli.parser.instantiate(cli.config)["fit"].data
     if getattr(data, "autoencoder_source", None) is None:
         raise InputError("data.autoencoder: there is nothing to encode with; name the run folder of an autoencoder")
     flips = data.augment.flip > 0

@@ -37,7 +37,7 @@ def training_flops(model: VisionTransformer) -> int:
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]  # Lightning's names
 
-_BYTES = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}  # of the residual stream, and within a branch
+BYTES = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}  # of the residual stream, and within a branch
 
 
 def block_bytes(tokens: int, width: int, precision: Precision = "32-true", qk_norm: bool = False) -> int:
@@ -46,7 +46,7 @@ def block_bytes(tokens: int, width: int, precision: Precision = "32-true", qk_no
     Per token 16 vectors of width D: the inputs of both norms, their outputs, q, k, v, the attention's output, and
     4 + 4 around the GELU. Under bf16-mixed the residual stream stays in fp32 and the rest is bf16.
     """
-    stream, inner = _BYTES[precision]
+    stream, inner = BYTES[precision]
     return tokens * width * (2 * stream + (16 if qk_norm else 14) * inner)  # q and k before and after their norms
 
 
@@ -61,7 +61,7 @@ def activation_bytes(model: VisionTransformer, batch: int, precision: Precision 
     if precision == "bf16-mixed":
         block += 12 * model.width**2 * 2
     full = max(model.depth - model.checkpoint_blocks, 1)
-    return full * block + model.checkpoint_blocks * tokens * model.width * _BYTES[precision][0]
+    return full * block + model.checkpoint_blocks * tokens * model.width * BYTES[precision][0]
 
 
 # Dense bf16 tensor-core peaks by the makers' data sheets.

@@ -95,7 +95,7 @@ def test_without_classes(generation: Callable, tmp_path: Path) -> None:
 
 
 def test_validation_uses_fixed_noise_and_steps() -> None:
-    """Against plain loops, for a net that answers with its input: the noise and the steps are functions of the index."""
+    """Against plain loops, for a net that answers with its input."""
     module = Generation(Recipe(lr=0.1))
     seen = []
 

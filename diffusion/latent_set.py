@@ -1,0 +1,71 @@
+"""A data set of cached latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data.augment import FLIP, Augment
+from common.data.loader import Draw
+from common.errors import InputError
+
+SPLITS = ("train", "val")
+
+
+class LatentSet(Dataset):
+    """Moments of a split in memory-mapped shards.
+
+    Args:
+        folder: that the command wrote.
+        split: train or val.
+        fingerprint: of the autoencoder that is to decode what is generated.
+        augment: its flip decides between an image and its mirror image, exactly as where images are encoded as they
+            come; none takes the images.
+        seed: of that decision.
+
+    Raises:
+        InputError: no such cache, an unfinished one, or one of another autoencoder.
+    """
+
+    def __init__(self, folder: str | Path, split: str, fingerprint: str, augment: Augment | None, seed: int) -> None:
+        self.folder, self.augment, self.seed = Path(folder) / split, augment, seed
+        index = read_index(Path(folder), split)
+        if index["fingerprint"] != fingerprint:
+            raise InputError(f"data.latents: {folder} was encoded by another autoencoder than data.autoencoder (or "
+                             "before its training went on); encode anew with python -m diffusion.latents")
+        if augment is not None and augment.flip and not index["flips"]:
+            raise InputError(f"data.latents: {folder} holds no mirror images, and data.augment.flip is {augment.flip}")
+        self.images, self.shard = index["images"], index["shard"]
+        self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
+        self.shards = [np.load(path, mmap_mode="r") for path in shard_files(self.folder, self.images, self.shard)]
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        keys = {name: torch.tensor([getattr(draw, name) for draw in draws]) for name in Draw._fields}
+        index = keys["index"]
+        mirrored = torch.zeros(len(draws), dtype=torch.long)
+        if self.augment is not None and self.augment.flip:
+            mirrored = (self.augment.draws(self.seed, keys["epoch"], index)[:, FLIP] < self.augment.flip).long()
+        rows = [self.shards[i // self.shard][i % self.shard, m] for i, m in
+                zip(index.tolist(), mirrored.tolist(), strict=True)]  # fmt: skip
+        return {"moments": torch.from_numpy(np.stack(rows)).float(), "label": self.labels[index], **keys}
+
+
+def read_index(folder: Path, split: str) -> dict[str, Any]:
+    path = folder / split / "index.json"
+    if not path.is_file():
+        raise InputError(f"data.latents: {folder} holds no finished {split} split; python -m diffusion.latents "
+                         f"{folder} writes it, or goes on with it")
+    return json.loads(path.read_text())
+
+
+def shard_files(folder: Path, images: int, shard: int) -> list[Path]:
+    return [folder / f"{number:05d}.npy" for number in range(-(-images // shard))]

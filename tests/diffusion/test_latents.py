@@ -1,0 +1,117 @@
+"""Cached latents: the same batches as images encoded as they come, and refusals of what does not belong together."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common.data import Augment, Digits
+from common.data.loader import Draw
+from common.errors import InputError
+from diffusion import LatentData
+from diffusion import latents as latents_room
+from diffusion.autoencoder import Autoencoder
+from diffusion.latent_set import LatentSet
+from diffusion.latents import main
+
+DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
+OPTIONS = {"image_channels": 1, "channels": 2, "base": 8, "multipliers": (1, 1), "res_blocks": 1, "groups": 4,
+           "codebook_size": 16, "attention": "none"}  # fmt: skip
+
+
+def save(path: Path, kind: str, seed: int = 0) -> Path:
+    """An autoencoder in the form in which a run's checkpoint holds one."""
+    torch.manual_seed(seed)
+    net = Autoencoder(kind=kind, **OPTIONS)
+    net.measure([net.moments(torch.randn(32, 1, 8, 8))])
+    state = {f"net.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"autoencoder": net.config, "state_dict": state, "loops": {}}, path)
+    return path
+
+
+def encode(folder: Path, autoencoder: Path, *more: str) -> int:
+    return main([str(folder), "--config", str(DIGITS), "--data.autoencoder", str(autoencoder), *more])
+
+
+def batches(autoencoder: Path, latents: Path | None, epoch: int, split: str = "train") -> dict[str, torch.Tensor]:
+    """What a model is given of a few images."""
+    data = LatentData(Digits(), 8, 128, augment=Augment(flip=0.5), autoencoder=str(autoencoder),
+                      latents=str(latents) if latents else None)  # fmt: skip
+    data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False)
+    data.load_autoencoder()
+    data.sets[split] = data.load(split)
+    draws = [Draw(epoch, index, place) for place, index in enumerate([0, 9, 4, 250, 77, 3, 12, 100])]
+    return data.on_after_batch_transfer(data.sets[split].__getitems__(draws), 0)
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_cached_latents_are_those_of_images_encoded_as_they_come(tmp_path: Path, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(latents_room, "SHARD", 100)  # 12 shards
+    autoencoder = save(tmp_path / "autoencoder.ckpt", kind)
+    assert encode(tmp_path / "latents", autoencoder, "--data.augment.flip", "0.5") == 0
+    for split, epochs in [("train", (0, 1)), ("val", (0,))]:
+        for epoch in epochs:
+            cached = batches(autoencoder, tmp_path / "latents", epoch, split)
+            fresh = batches(autoencoder, None, epoch, split)
+            assert cached.keys() == fresh.keys() and cached["image"].shape == (8, 2, 4, 4)
+            for name, value in fresh.items():
+                torch.testing.assert_close(cached[name], value, atol=1e-5, rtol=1e-4)
+    first, second = (batches(autoencoder, tmp_path / "latents", epoch)["image"] for epoch in (0, 1))
+    assert not torch.equal(first, second)  # flips, and for KL the draw
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(latents_room, "SHARD", 500)
+    autoencoder = save(tmp_path / "autoencoder.ckpt", "vq")
+    encode(tmp_path / "latents", autoencoder)
+    whole = [np.load(path) for path in sorted((tmp_path / "latents/train").glob("0*.npy"))]
+    assert [len(shard) for shard in whole] == [500, 500, 197] and whole[0].shape[1:] == (1, 2, 4, 4)
+    kept = tmp_path / "latents/train/00000.npy"
+    (tmp_path / "latents/train/index.json").unlink()
+    (tmp_path / "latents/train/00001.npy").unlink()
+    written = kept.stat().st_mtime_ns
+    with pytest.raises(InputError, match="holds no finished train split"):
+        batches(autoencoder, tmp_path / "latents", 0)
+    encode(tmp_path / "latents", autoencoder)
+    again = [np.load(path) for path in sorted((tmp_path / "latents/train").glob("0*.npy"))]
+    assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))
+    assert kept.stat().st_mtime_ns == written and "train: 1,000 of 1,197 images" in capsys.readouterr().out
+
+
+def test_another_autoencoder_is_refused(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "1.ckpt", "vq"), save(tmp_path / "2.ckpt", "vq", seed=1)
+    encode(tmp_path / "latents", first)
+    with pytest.raises(InputError, match="was encoded by another autoencoder"):
+        batches(second, tmp_path / "latents", 0)
+    with pytest.raises(InputError, match="holds latents of other images, or of another autoencoder"):
+        encode(tmp_path / "latents", second)
+    with pytest.raises(InputError, match="holds no mirror images, and data.augment.flip is 0.5"):
+        fingerprint = json.loads((tmp_path / "latents/train/index.json").read_text())["fingerprint"]
+        LatentSet(tmp_path / "latents", "train", fingerprint, Augment(flip=0.5), seed=0)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--data.augment.crop_scale", "[0.2,1.0]"], "latents are encoded once"),
+    (["--data.image_size", "7"], "7 is no multiple of the 2 pixels of a latent cell"),
+    (["--data.autoencoder", "null"], "data.autoencoder: there is nothing to encode with"),
+])  # fmt: skip
+def test_what_cannot_be_encoded_is_refused(tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        encode(tmp_path / "latents", save(tmp_path / "autoencoder.ckpt", "vq"), *more)
+
+
+def test_a_model_trains_on_latents_and_its_samples_are_images(command: Callable, tmp_path: Path) -> None:
+    autoencoder = save(tmp_path / "autoencoder.ckpt", "kl")
+    encode(tmp_path / "latents", autoencoder)
+    options = ["--data.autoencoder", autoencoder, "--run_name", "a", "--model.patch_size", "2",
+               "--model.picture_steps", "2", "--model.predict.samples", "3", "--model.predict.steps", "2"]  # fmt: skip
+    for latents in ([], ["--data.latents", tmp_path / "latents"]):
+        outcome = command("fit", *options, *latents, "--overwrite", config=DIGITS, study="diffusion")
+        assert outcome.code == 0, outcome.err
+        assert "4x4x2" in outcome.out
+    outcome = command("predict", *options, "--data.latents", tmp_path / "latents", config=DIGITS, study="diffusion")
+    assert outcome.code == 0 and "3 of 3 samples" in outcome.out, outcome.err
