@@ -19,6 +19,8 @@ from common.errors import InputError
 class GaussianDiffusion:
     """A Markov chain of Gaussian noise and its learned reverse. Noise and steps always come from the caller.
 
+    `betas`, `alphas_cumprod` and `timesteps` (T,) lie on the CPU; what is computed lies where its `t` does.
+
     Args:
         betas: variance (T,) of the noise that each step adds; by default 1000 from 1e-4 to 0.02, evenly spaced.
         timesteps: what a net is told at each step (T,); by default 0 .. T - 1. See `respaced`.
@@ -29,8 +31,10 @@ class GaussianDiffusion:
 
     def __init__(self, betas: Tensor | None = None, timesteps: Tensor | None = None) -> None:
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64) if betas is None else betas.double()
-        if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-            raise InputError(f"betas={betas.tolist()} must be two or more variances between 0 and 1, both excluded")
+        wrong = betas[~((betas > 0) & (betas < 1))]
+        if len(betas) < 2 or len(wrong):
+            raise InputError(f"betas must be two or more variances between 0 and 1, both excluded; got {len(betas)}, "
+                             f"outside {wrong[:3].tolist()}")
         self.steps = len(betas)
         self.timesteps = torch.arange(self.steps) if timesteps is None else timesteps
         self.betas = betas
