@@ -4,5 +4,6 @@ from diffusion.dit import DiT
 from diffusion.generation import Generation
 from diffusion.latent_data import LatentData
 from diffusion.process import GaussianDiffusion
+from diffusion.vqgan import AutoencoderTraining
 
-__all__ = ["DiT", "GaussianDiffusion", "Generation", "LatentData"]
+__all__ = ["AutoencoderTraining", "DiT", "GaussianDiffusion", "Generation", "LatentData"]

@@ -16,16 +16,17 @@ from common.model.flops import peak_flops
 class Curves(L.Callback):
     """Writes `train/loss`, `train/lr`, `train/images_per_second` and `train/mfu` every `log_every_n_steps` steps.
 
-    The loss is that of the step's whole global batch. Between two points nothing is read from the device, so a step
-    never waits for it. The x axis counts optimiser steps done, in validation too. `train/mfu`, the share of the
-    devices' peak that the model's own FLOPs reach, is left out where the peak is not known.
+    Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
+    `train/l1`. The loss, like them, is that of the step's whole global batch. Between two points nothing is read from
+    the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too. `train/mfu`,
+    the share of the devices' peak that the model's own FLOPs reach, is left out where the peak is not known.
     """
 
     def __init__(self) -> None:
         self.peak_flops: float | None = None  # of all devices together
         self.values: dict[str, float] = {}
         self.clock = time.perf_counter  # replaced in tests
-        self._loss: torch.Tensor | float = 0.0
+        self._sums: dict[str, torch.Tensor] = {}  # of the step's micro-batches so far
         self._lr = 0.0
         self._started = 0.0
         self._steps = 0
@@ -46,22 +47,26 @@ class Curves(L.Callback):
         self._lr = max(group["lr"] for group in optimizer.param_groups)  # the schedule moves on before the batch ends
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
-        self._loss = self._loss + out["loss"].detach()  # Lightning has divided it by the number of micro-batches
+        for name, value in out.items():
+            # Lightning has divided the loss by the number of micro-batches, and nothing beside it.
+            share = value.detach() if name == "loss" else value.detach() / trainer.accumulate_grad_batches
+            self._sums[name] = self._sums.get(name, 0.0) + share
         if (i + 1) % trainer.accumulate_grad_batches:
             return
-        loss, self._loss = self._loss, 0.0
+        sums, self._sums = self._sums, {}
         self._steps += 1
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            self._write(trainer, module, float(trainer.strategy.reduce(loss, reduce_op="mean")))
+            means = trainer.strategy.reduce(torch.stack([value.float() for value in sums.values()]), reduce_op="mean")
+            self._write(trainer, module, dict(zip(sums, means.tolist(), strict=True)))
 
-    def _write(self, trainer: L.Trainer, module: L.LightningModule, loss: float) -> None:
-        step = trainer.global_step
+    def _write(self, trainer: L.Trainer, module: L.LightningModule, scalars: dict[str, float]) -> None:
+        step, loss = trainer.global_step, scalars["loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"train/loss is {loss} at step {step}; the last checkpoint is kept. Try a lower "
                                      "model.optim.lr, a longer warm-up, model.qk_norm, or trainer.gradient_clip_val")
         images_per_second = self._steps * trainer.datamodule.global_batch / max(self.clock() - self._started, 1e-9)
         self.values = {
-            "train/loss": loss,
+            **{f"train/{name}": value for name, value in scalars.items()},
             "train/lr": self._lr,
             "train/images_per_second": images_per_second,
         }

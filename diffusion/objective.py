@@ -1,0 +1,208 @@
+"""What both players of an adversarial autoencoder minimise in one step, and what such a step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.grad import conv2d_weight
+
+from common.errors import InputError
+from diffusion.autoencoder import Autoencoder, Reconstruction
+from diffusion.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from diffusion.perceptual import LPIPS
+
+
+@dataclass
+class Adversary:
+    """The discriminator, and when it plays. Steps are the optimiser's.
+
+    Args:
+        weight: of the adversarial loss beside the adaptive weight; 0 trains without a discriminator.
+        start: step with which the adversarial loss reaches the autoencoder.
+        warmup: steps before that in which the discriminator learns alone; earlier ones do without it.
+        width: see `diffusion.discriminator.PatchDiscriminator`, as the two below.
+        layers: of stride 2.
+        norm: `batch` or `group`.
+    """
+
+    weight: float = 0.8
+    start: int = 250_001
+    warmup: int = 0
+    width: int = 64
+    layers: int = 3
+    norm: Literal["batch", "group"] = "batch"
+
+    def __post_init__(self) -> None:
+        for name, least in [("weight", 0), ("start", 0), ("warmup", 0), ("width", 1), ("layers", 1)]:
+            if getattr(self, name) < least:
+                raise InputError(f"model.adversary.{name}: {getattr(self, name)} is less than {least}")
+        if self.warmup > self.start:
+            raise InputError(f"model.adversary.warmup: {self.warmup} steps do not fit before start={self.start}")
+
+    def build(self, channels: int, image_size: tuple[int, int]) -> PatchDiscriminator | None:
+        if not self.weight:
+            return None
+        return PatchDiscriminator(channels, image_size, self.width, self.layers, self.norm)
+
+
+class Players(NamedTuple):
+    """The nets of a step; the perceptual loss is a judge and is never trained."""
+
+    net: Autoencoder
+    discriminator: PatchDiscriminator | None
+    perceptual: LPIPS | None
+
+
+@dataclass
+class Objective:
+    """L1 + perceptual + codebook or KL + adversarial loss, and the discriminator's own, as one sum (Esser et al. 2021).
+
+    The sum has one backward and one optimiser. It is two players' nonetheless: the adversarial loss sees the
+    discriminator's parameters as constants, and the discriminator sees the reconstruction as one. Both so play on the
+    same reconstruction, where the published training reconstructs again, with the autoencoder already moved, before
+    the discriminator's turn.
+
+    Everything but the autoencoder itself is fp32 under any autocast, the adaptive weight included.
+
+    Args:
+        adversary: the discriminator and its timing.
+        perceptual_weight: of LPIPS, beside the mean absolute difference of pixels.
+        codebook_weight: of VQ's codebook loss.
+        kl_weight: of KL's divergence in nats for each number in an image (C, H, W). Latent diffusion's sums over pixels
+            and over latents, divided by those numbers, are this: its weight of 1e-6 means the same here at any size.
+    """
+
+    adversary: Adversary
+    perceptual_weight: float = 1.0
+    codebook_weight: float = 1.0
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("perceptual_weight", "codebook_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model.{name}: {getattr(self, name)} is negative")
+
+    def __call__(
+        self,
+        players: Players,
+        images: Tensor,
+        noise: Tensor | None,
+        step: int,
+        mean_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
+        """The loss of a batch, its terms before they are weighed, detached, and the reconstruction.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            noise: KL's, standard normal of the latents' shape.
+            step: optimiser steps done.
+            mean_over_ranks: of the gradients in the adaptive weight, so that it is that of the global batch.
+        """
+        net, discriminator, perceptual = players
+        last = net.model.decoder.conv_out
+        with inputs_of(last) as inputs:
+            out = net(images, noise)
+        with torch.autocast(images.device.type, enabled=False):
+            reconstruction = out.images.float()
+            distances = self.distances(perceptual, reconstruction, images)
+            terms = {name: distance.mean() for name, distance in distances.items()}
+            of_pixels = self.of_pixels(terms)
+            if net.kind == "vq":
+                terms["codebook"] = out.codebook_loss
+                loss = of_pixels + self.codebook_weight * out.codebook_loss
+            else:
+                terms["kl"] = out.kl.mean()
+                loss = of_pixels + self.kl_weight * terms["kl"] / images[0].numel()
+            if discriminator is not None and step >= self.adversary.start - self.adversary.warmup:
+                real, fake = discriminator(images), discriminator(reconstruction.detach())
+                terms |= {"discriminator": hinge_loss(real, fake), "logits_real": real.mean(),
+                          "logits_fake": fake.mean()}  # fmt: skip
+                loss = loss + terms["discriminator"]
+            if discriminator is not None and step >= self.adversary.start:
+                constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+                terms["adversarial"] = -functional_call(discriminator, constants, (reconstruction,)).mean()
+                pulls = [weight_gradient(term, reconstruction, last, inputs[0])
+                         for term in (of_pixels, terms["adversarial"])]
+                terms["adaptive_weight"] = adaptive_weight(*mean_over_ranks(torch.stack(pulls)))
+                loss = loss + self.adversary.weight * terms["adaptive_weight"] * terms["adversarial"]
+        return loss, {name: term.detach() for name, term in terms.items()}, out
+
+    def distances(self, perceptual: LPIPS | None, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Of each image (B,) to its reconstruction: `l1`, a mean over its numbers, and `perceptual` where it is on."""
+        distances = {"l1": (reconstruction - images).abs().mean(dim=(1, 2, 3))}
+        if perceptual is not None:
+            distances["perceptual"] = perceptual(reconstruction, images)
+        return distances
+
+    def of_pixels(self, distances: dict[str, Tensor]) -> Tensor:
+        """The reconstruction loss that `distances` add up to."""
+        if "perceptual" not in distances:
+            return distances["l1"]
+        return distances["l1"] + self.perceptual_weight * distances["perceptual"]
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the module is called with."""
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def weight_gradient(loss: Tensor, output: Tensor, conv: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """The gradient of a loss at the weights of the convolution that made `output` of `inputs`, in fp32.
+
+    Under autocast torch's own backward would compute it in bf16.
+    """
+    (at_output,) = torch.autograd.grad(loss, output, retain_graph=True)
+    return conv2d_weight(inputs.detach().float(), conv.weight.shape, at_output, conv.stride, conv.padding)
+
+
+class StepCost(NamedTuple):
+    """FLOPs of one image: the autoencoder's forward, and a whole step; bytes that the step keeps for its backward."""
+
+    forward_flops: int
+    training_flops: int
+    saved_bytes: int
+
+
+def step_cost(objective: Objective, build: Callable[[], Players], channels: int, size: tuple[int, int]) -> StepCost:
+    """Counts a step with everything in play on tensors without numbers, since no formula is as short as these nets.
+
+    Bytes are those of fp32; bf16-mixed needs less, but not half: its norms stay in fp32.
+    """
+    from torch._subclasses import FakeTensorMode
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = 2  # batch norm refuses one image whose features have shrunk to one place
+    kept: dict[int, Any] = {}  # by storage: several operations may keep one tensor
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with FakeTensorMode(), torch.device("cpu"):
+        players = build()
+        net = players.net
+        own = {parameter.untyped_storage()._cdata for part in players if part is not None
+               for parameter in part.parameters()}  # fmt: skip
+        images = torch.zeros(batch, channels, *size)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            latents = net(images).latents
+        noise = None if net.kind == "vq" else torch.zeros_like(latents)
+        with FlopCounterMode(display=False) as training:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss, _, _ = objective(players, images, noise, objective.adversary.start)
+            loss.backward()
+    saved = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    return StepCost(forward.get_total_flops() // batch, training.get_total_flops() // batch, saved // batch)

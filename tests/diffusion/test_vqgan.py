@@ -1,0 +1,601 @@
+"""Training of autoencoders: the objective against separate losses, metrics, resuming, scale and shift, the command."""
+
+import contextlib
+import copy
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.vgg import cfgs, make_layers
+
+from common.data.sources import Digits
+from common.errors import InputError
+from common.identity import flatten
+from common.training.checkpoints import read
+from common.training.cli import StudyCLI, main
+from common.training.curves import Curves
+from common.training.optim import Recipe
+from diffusion.autoencoder import Autoencoder
+from diffusion.codebook import CodebookUsage, add_counts, usage
+from diffusion.discriminator import PatchDiscriminator
+from diffusion.objective import Adversary, Objective, Players, step_cost, weight_gradient
+from diffusion.perceptual import LPIPS, VGG16
+from diffusion.vqgan import AutoencoderTraining
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = {path.stem: path for path in sorted((ROOT / "diffusion" / "configs").glob("autoencoder_*.yaml"))}
+DIGITS = CONFIGS["autoencoder_digits"]
+NET = {"channels": 2, "codebook_size": 16, "base": 8, "groups": 4, "multipliers": (1, 2), "res_blocks": 1,
+       "attention": "none"}  # fmt: skip
+
+
+def players(kind: str = "vq", channels: int = 1) -> Players:
+    torch.manual_seed(0)
+    net = Autoencoder(kind, image_channels=channels, **NET)
+    if kind == "vq":
+        nn.init.normal_(net.model.quantize.embedding.weight)  # spread as trained codes are
+    return Players(net, PatchDiscriminator(channels, (16, 16), width=8, layers=1), None)
+
+
+def pictures(number: int = 4, channels: int = 1, seed: int = 0) -> Tensor:
+    return torch.rand(number, channels, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# The objective
+
+PLAYING = Adversary(weight=0.8, start=10, warmup=5, width=8, layers=1)
+NOISE = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(net.parameters()), retain_graph=True))
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_each_player_gets_the_gradient_of_its_own_losses_alone(kind):
+    net, discriminator, _ = parts = players(kind)
+    images = pictures()
+    objective = Objective(PLAYING, codebook_weight=0.5, kl_weight=1e-2)
+    loss, terms, _ = objective(parts, images, NOISE, step=10)
+    found = gradients(loss, net), gradients(loss, discriminator)
+
+    out = net(images, NOISE)
+    l1 = (out.images - images).abs().mean()
+    regular = 0.5 * out.codebook_loss if kind == "vq" else 1e-2 * out.kl.mean() / (16 * 16)
+    adversarial = -discriminator(out.images).mean()
+    last = net.model.decoder.conv_out.weight
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (l1, adversarial)]
+    weight = (norms[0] / (norms[1] + 1e-4)).item()
+    ours = l1 + regular + 0.8 * weight * adversarial
+    real, fake = discriminator(images), discriminator(out.images.detach())
+    theirs = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+
+    torch.testing.assert_close(found[0], gradients(ours, net))
+    torch.testing.assert_close(found[1], gradients(theirs, discriminator))
+    torch.testing.assert_close(loss, ours + theirs)
+    expected = {"l1": l1, "codebook" if kind == "vq" else "kl": out.codebook_loss if kind == "vq" else out.kl.mean(),
+                "adversarial": adversarial, "discriminator": theirs, "logits_real": real.mean(),
+                "logits_fake": fake.mean(), "adaptive_weight": torch.tensor(weight)}  # fmt: skip
+    assert terms.keys() == expected.keys() and not any(term.requires_grad for term in terms.values())
+    torch.testing.assert_close(terms, {name: value.detach() for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("step, learns, felt", [(4, False, False), (5, True, False), (9, True, False),
+                                                (10, True, True)])  # fmt: skip
+def test_the_discriminator_learns_before_it_is_felt(step, learns, felt):
+    parts = players()
+    loss, terms, _ = Objective(PLAYING)(parts, pictures(), None, step)
+    assert ("discriminator" in terms, "adversarial" in terms) == (learns, felt)
+    if not felt:
+        without, _, _ = Objective(Adversary(weight=0))(parts._replace(discriminator=None), pictures(), None, step)
+        torch.testing.assert_close(gradients(loss, parts.net), gradients(without, parts.net))
+
+
+def test_the_gradient_of_the_adaptive_weight_is_fp32_under_autocast():
+    """Equal to float64's where torch's own backward is off by the rounding of bf16."""
+    conv, inputs = nn.Conv2d(8, 3, 3, padding=1), torch.randn(4, 8, 16, 16).bfloat16()
+    target = torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = conv(inputs).float()
+    loss = (output - target).square().mean()
+    exact = copy.deepcopy(conv).double()
+    at_output = torch.autograd.grad(loss, output, retain_graph=True)[0].double()
+    (expected,) = torch.autograd.grad(exact(inputs.double()), exact.weight, at_output)
+    torch.testing.assert_close(weight_gradient(loss, output, conv, inputs), expected.float(), rtol=1e-4, atol=1e-7)
+    (rounded,) = torch.autograd.grad(loss, conv.weight)
+    assert ((rounded - expected).norm() / expected.norm()).item() > 1e-4
+
+
+def test_the_adaptive_weight_is_that_of_the_mean_gradient_over_ranks():
+    images = pictures(8)
+    parts = players()._replace(discriminator=PatchDiscriminator(1, (16, 16), width=16, layers=1, norm="group"))
+    objective, seen = Objective(PLAYING), []
+    whole = objective(parts, images, None, 10, lambda x: seen.append(x) or x)[1]["adaptive_weight"]
+    halves = []
+    for half in images.chunk(2):
+        objective(parts, half, None, 10, lambda x: halves.append(x) or x)
+    torch.testing.assert_close(torch.stack(halves).mean(0), seen[0], rtol=1e-4, atol=1e-7)
+    for half in images.chunk(2):
+        shared = objective(parts, half, None, 10, lambda _: torch.stack(halves).mean(0))[1]["adaptive_weight"]
+        torch.testing.assert_close(shared, whole, rtol=1e-4, atol=0)
+
+
+def test_the_perceptual_distance_is_weighed_into_the_reconstruction():
+    judge = nn.Module()
+    judge.forward = lambda one, other: (one - other).square().mean(dim=(1, 2, 3))
+    parts = players()._replace(discriminator=None, perceptual=judge)
+    images = pictures()
+    loss, terms, out = Objective(Adversary(weight=0), perceptual_weight=3.0)(parts, images, None, 0)
+    square = (out.images - images).square().mean()
+    torch.testing.assert_close(terms["perceptual"], square.detach())
+    torch.testing.assert_close(loss, (out.images - images).abs().mean() + 3 * square + out.codebook_loss)
+
+
+# Cost
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_the_cost_is_that_of_a_real_step(kind):
+    """FLOPs by torch's counter of the autoencoder and of each loss by itself; bytes as autograd keeps them."""
+    objective = Objective(Adversary(weight=0.8, start=0, width=8, layers=1))
+    cost = step_cost(objective, lambda: players(kind), 1, (16, 16))
+    parts, images = players(kind), pictures(2)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        parts.net(images, NOISE[:2])
+    kept: dict[int, Tensor] = {}
+    with saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x):
+        loss, _, _ = objective(parts, images, NOISE[:2], 0)
+    with FlopCounterMode(display=False) as training:
+        loss, _, _ = objective(parts, images, NOISE[:2], 0)
+        loss.backward()
+    weights = {p.data_ptr() for part in parts[:2] for p in part.parameters()}
+    kept_bytes = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+    assert cost.forward_flops == forward.get_total_flops() // 2 > 0
+    assert cost.training_flops == training.get_total_flops() // 2 > 3 * cost.forward_flops
+    assert cost.saved_bytes == pytest.approx(kept_bytes / 2, rel=0.01)
+
+
+# The codebook
+
+
+def test_usage_by_hand():
+    counts = add_counts(torch.zeros(5, dtype=torch.int64), torch.tensor([[0, 1], [1, 3]]))
+    assert counts.tolist() == [1, 2, 0, 1, 0]
+    found = usage(counts)
+    assert found["codebook_usage"].item() == pytest.approx(3 / 5)
+    assert found["codebook_perplexity"].item() == pytest.approx(4 ** (1 / 4) * 2 ** (1 / 2) * 4 ** (1 / 4))
+    assert usage(torch.full((7,), 3))["codebook_perplexity"].item() == pytest.approx(7)
+    assert usage(torch.zeros(7, dtype=torch.int64))["codebook_usage"].item() == 0
+
+
+def test_the_usage_of_an_evaluation_is_that_of_all_its_batches():
+    indices = torch.randint(16, (6, 8, 8), generator=torch.Generator().manual_seed(0)) // 2
+    metric = CodebookUsage(16)
+    for part in indices.split([4, 2]):
+        metric.update(part)
+    shares = np.bincount(indices.flatten().numpy(), minlength=16) / indices.numel()
+    entropy = -sum(share * math.log(share) for share in shares if share)
+    found = metric.compute()
+    assert found["codebook_perplexity"].item() == pytest.approx(math.exp(entropy))
+    assert found["codebook_usage"].item() == pytest.approx((shares > 0).mean())
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("kind, channels", [("vq", 3), ("kl", 1)])
+def test_metrics_are_means_over_images_by_scikit_image(kind, channels):
+    module = AutoencoderTraining(Recipe(lr=1e-3), perceptual="none", kind=kind)
+    module.net = net = players(kind, channels).net
+    with torch.no_grad():  # a poor decoder leaves [-1, 1]: what is compared is what would be seen
+        net.model.decoder.conv_out.weight.mul_(4)
+    scores = module.metrics(SimpleNamespace(image_size=(16, 16)))
+    images = pictures(5, channels)
+    for part in images.split([3, 2]):
+        with torch.no_grad():
+            module.evaluate(net, {"image": part}, scores)
+    found = {name: value.item() for name, value in scores.compute().items()}
+    with torch.no_grad():
+        out = net(images)
+    assert out.images.abs().max() > 1
+    originals, copies = ((x.permute(0, 2, 3, 1).double().numpy().clip(-1, 1) + 1) / 2 for x in (images, out.images))
+    pairs = list(zip(originals, copies, strict=True))
+    expected = {
+        "l1": (out.images - images).abs().mean().item(),
+        "psnr": np.mean([peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]),
+        # scikit-image leaves out the border of half a window; torchmetrics mirrors the image there and counts it.
+        "ssim": np.mean([structural_similarity(*(np.pad(x, ((5, 5), (5, 5), (0, 0)), mode="reflect") for x in pair),
+                                               data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5,
+                                               use_sample_covariance=False) for pair in pairs]),
+    }  # fmt: skip
+    expected["loss"] = expected["l1"]
+    if kind == "kl":
+        expected["kl"] = out.kl.mean().item()
+    else:
+        expected["codebook_usage"] = len(out.indices.unique()) / 16
+        assert 1 < found.pop("codebook_perplexity") <= 16
+    assert found == pytest.approx(expected, rel=1e-4)
+    for shown, truth in zip(module.shown, (originals, copies), strict=True):
+        assert np.abs(shown.permute(0, 2, 3, 1).numpy() - 255 * truth[:3]).max() <= 0.501
+
+
+# Trainings, through the command
+
+TINY = ["--model.base", "8", "--model.groups", "4", "--model.channels", "2", "--data.batch_size", "16",
+        "--data.eval_batch_size", "50", "--model.adversary.start", "8", "--model.adversary.warmup", "3",
+        "--model.optim.ema", "0.9", "--model.optim.lr", "0.001", "--trainer.max_epochs", "2",
+        "--trainer.limit_train_batches", "9", "--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1",
+        "--trainer.check_val_every_n_epoch", "1", "--checkpoint.every_n_steps", "2"]  # fmt: skip
+
+
+def study(folder: Path, *arguments: Any, config: Path = DIGITS) -> tuple[int, str]:
+    """The exit code and the output of `python -m diffusion ARGUMENTS` with runs in folder/runs."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        patch.chdir(folder)
+        argv = ["diffusion", arguments[0], "--config", config, "--run_name", "a", *arguments[1:]]
+        patch.setattr("sys.argv", [str(argument) for argument in argv])
+        try:
+            main("diffusion")
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    return code, said.getvalue()
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "runs" / "diffusion" / "a"
+
+
+def last_of(folder: Path) -> dict[str, Any]:
+    return read(run_of(folder) / "checkpoints" / "last.ckpt")
+
+
+def tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    states = checkpoint["optimizer_states"][0]["state"].items()
+    moments = {f"{number}.{name}": value for number, state in states for name, value in state.items()}
+    average = {f"ema.{key}": value for key, value in checkpoint["ema"]["state_dict"].items()}
+    return checkpoint["state_dict"] | average | moments
+
+
+def net_of(checkpoint: dict[str, Any], average: bool) -> Autoencoder:
+    net = Autoencoder(**checkpoint["autoencoder"])
+    raw = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items() if key[:4] == "net."}
+    net.load_state_dict(checkpoint["ema"]["state_dict"] if average else raw)
+    return net.requires_grad_(False)
+
+
+def digits(split: str) -> Tensor:
+    """As they are trained on: enlarged to 16x16, in [-1, 1]."""
+    images = Digits().read(Path(), split).images.float() / 255
+    return nn.functional.interpolate(images, (16, 16), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+
+
+@pytest.fixture(scope="module", params=["vq", "kl"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An undisturbed run of 18 steps, with the discriminator from step 5 and its effect from step 8 on."""
+    folder = tmp_path_factory.mktemp(request.param)
+    code, said = study(folder, "fit", *TINY, "--model.kind", request.param, "--model.picture_epochs", "1")
+    assert code == 0, said
+    return folder, request.param
+
+
+@pytest.mark.parametrize("whole, stop", [("vq", 4), ("vq", 6), ("kl", 15)], indirect=["whole"])
+def test_a_run_that_was_stopped_ends_bit_identical(stop, whole, tmp_path, monkeypatch, scalars):
+    """Before the discriminator learns, while it learns alone, and with everything in play; both in mid-epoch."""
+    folder, kind = whole
+    step = AutoencoderTraining.training_step
+
+    def until(module: AutoencoderTraining, *args: Any) -> dict[str, Tensor]:
+        if module.trainer.global_step == stop:
+            raise RuntimeError("stopped")
+        return step(module, *args)
+
+    options = [*TINY, "--model.kind", kind, "--model.picture_epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderTraining, "training_step", until)
+        assert study(tmp_path, "fit", *options)[0] == 1
+    assert last_of(tmp_path)["global_step"] == stop // 2 * 2
+    assert study(tmp_path, "fit", *options)[0] == 0
+    one, other = (tensors(last_of(place)) for place in (folder, tmp_path))
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+    drawn, again = (scalars(run_of(place)) for place in (folder, tmp_path))
+    for tag in drawn.keys() - {"train/images_per_second"}:  # the codebook's over the whole epoch among them
+        assert np.array_equal(drawn[tag][-2:], again[tag][-2:], equal_nan=True), tag
+
+
+def test_the_curves_hold_every_term_from_its_step_on(whole, scalars):
+    folder, kind = whole
+    curves = scalars(run_of(folder))
+    steps = {tag: [step for step, value in points if not math.isnan(value)] for tag, points in curves.items()}
+    of_all = ["loss", "l1", "codebook" if kind == "vq" else "kl"]
+    for tags, first in [(of_all, 1), (["discriminator", "logits_real", "logits_fake"], 6),
+                        (["adversarial", "adaptive_weight"], 9)]:  # fmt: skip
+        for tag in tags:
+            assert steps[f"train/{tag}"] == list(range(first, 19)), tag
+    evaluated = ["loss", "l1", "psnr", "ssim", *(["codebook_usage"] if kind == "vq" else ["kl"])]
+    for tag in evaluated:
+        assert steps[f"val/{tag}"] == steps[f"val_raw/{tag}"] == [9, 18]
+    assert (steps.get("train/codebook_perplexity") == [9, 18]) == (kind == "vq")
+    assert (run_of(folder) / "figures" / "reconstructions.png").is_file()
+
+
+def test_the_discriminator_starts_to_move_when_it_learns(whole):
+    folder, _ = whole
+    checkpoint = last_of(folder)
+    groups, states = (checkpoint["optimizer_states"][0][key] for key in ("param_groups", "state"))
+    ours = len([key for key in checkpoint["state_dict"] if key.startswith("discriminator.")])
+    steps = [int(states[i]["step"]) for group in groups for i in group["params"]]
+    assert steps[-ours:] == [13] * ours  # of 18
+    assert set(steps[:-ours]) == {18}
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_the_last_checkpoint_normalises_the_latents_of_the_training_images(whole, average):
+    folder, kind = whole
+    net = net_of(last_of(folder), average)
+    moments = net.moments(digits("train"))
+    noise = torch.randn(len(moments), 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = net.normalise(net.sample(moments, noise))
+    tolerance = 1e-4 if kind == "vq" else 0.02  # KL's are drawn
+    assert latents.mean((0, 2, 3)).abs().max() < tolerance
+    assert latents.var((0, 2, 3), correction=0).mean().item() == pytest.approx(1, abs=tolerance)
+    assert net.scale != 1 and net.shift.abs().max() > 0
+
+
+def test_checkpoints_hold_the_two_players_and_nothing_frozen(whole):
+    folder, kind = whole
+    checkpoint = last_of(folder)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"net", "discriminator"} | (
+        {"code_counts"} if kind == "vq" else set()
+    )
+    assert not any("discriminator" in key for key in checkpoint["ema"]["state_dict"])
+
+
+def test_a_run_initialises_another_and_evaluates_as_itself(whole, tmp_path, scalars):
+    folder, kind = whole
+    of_run = scalars(run_of(folder))["val/loss"][-1][1]
+    files = {"run": run_of(folder), "checkpoint": run_of(folder) / "checkpoints" / "last.ckpt",
+             "published": tmp_path / "net.bin"}  # fmt: skip
+    torch.save(net_of(last_of(folder), average=True).model.state_dict(), files["published"])
+    options = [*TINY, "--model.kind", kind]
+    for source in files.values():
+        code, said = study(tmp_path, "validate", *options, "--init_from", source)
+        assert code == 0, said
+        assert float(said.split("\nloss")[1].split()[0]) == pytest.approx(of_run, abs=1e-4)
+    code, said = study(tmp_path, "validate", *options, "--model.channels", "3", "--init_from", files["run"])
+    assert code == 2 and "holds another autoencoder than this config's" in said
+
+
+def test_predict_writes_reconstructions(whole, tmp_path):
+    folder, kind = whole
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16), dtype=np.uint8)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for place, image in zip(("a.png", "sub/b.png"), images, strict=True):
+        Image.fromarray(image).save(tmp_path / "in" / place)
+    code, said = study(folder, "predict", *TINY, "--model.kind", kind, "--model.picture_epochs", "1",
+                       "--data.images", tmp_path / "in")  # fmt: skip
+    assert code == 0, said
+    net = net_of(last_of(folder), average=True)
+    with torch.no_grad():
+        made = net(torch.from_numpy(images)[:, None].float() / 127.5 - 1).images[:, 0]
+    for place, expected in zip(("a.png", "sub/b.png"), made, strict=True):
+        written = np.asarray(Image.open(run_of(folder) / "predictions" / f"{place}.png")).astype(float)
+        assert np.abs(written - (127.5 * (expected.clamp(-1, 1) + 1)).numpy()).max() <= 0.51
+
+
+def test_the_usage_of_a_training_epoch_counts_every_image_once(tmp_path, scalars):
+    """In micro-batches, at a learning rate of 0, so that the net is the same for all of them."""
+    options = [*TINY, "--model.adversary.weight", "0", "--model.optim.lr", "0", "--data.batch_size", "399",
+               "--data.batch_per_device", "133", "--trainer.max_epochs", "1",
+               "--trainer.limit_train_batches", "1.0"]  # fmt: skip
+    code, said = study(tmp_path, "fit", *options)
+    assert code == 0, said
+    net = net_of(last_of(tmp_path), average=False)
+    indices = net.quantise(net.moments(digits("train")))[2]
+    shares = np.bincount(indices.flatten().numpy(), minlength=64) / indices.numel()
+    curves = scalars(run_of(tmp_path))
+    assert (shares > 0).sum() > 1
+    assert curves["train/codebook_usage"] == [(3, pytest.approx((shares > 0).mean()))]
+    entropy = -sum(share * math.log(share) for share in shares if share)
+    assert curves["train/codebook_perplexity"] == [(3, pytest.approx(math.exp(entropy), rel=1e-4))]
+    assert last_of(tmp_path)["state_dict"]["code_counts"].sum() == 0  # for the next epoch
+    # Terms beside the loss are means over the micro-batches, as the loss is.
+    whole_epoch = (net(digits("train")).images - digits("train")).abs().mean().item()
+    assert np.mean([value for _, value in curves["train/l1"]]) == pytest.approx(whole_epoch, rel=1e-4)
+
+
+def test_micro_batches_change_nothing_without_a_discriminator(tmp_path, scalars):
+    """KL draws by an image's place in the global batch."""
+    found = []
+    for most in (16, 4):
+        (tmp_path / str(most)).mkdir()
+        options = [*TINY, "--model.kind", "kl", "--model.adversary.weight", "0", "--trainer.max_epochs", "1"]
+        limit = 9 * 16 // most  # micro-batches
+        code, said = study(tmp_path / str(most), "fit", *options, "--data.batch_per_device", most,
+                           "--trainer.limit_train_batches", limit)  # fmt: skip
+        assert code == 0, said
+        found.append(scalars(run_of(tmp_path / str(most))))
+    for tag in ("train/loss", "train/l1", "train/kl", "val/psnr"):
+        assert found[0][tag] == [(step, pytest.approx(value, rel=1e-3)) for step, value in found[1][tag]], tag
+
+
+def test_a_codebook_that_collapses_is_told_once(tmp_path):
+    module = AutoencoderTraining(Recipe(lr=1e-3), perceptual="none")
+    module._trainer = SimpleNamespace(logger=CSVLogger(tmp_path), global_step=1, current_epoch=0)
+    module.register_buffer("code_counts", torch.zeros(64, dtype=torch.int64))
+    said = []
+    for used in (7, 6, 5, 64, 2):  # 10 % are 6.4
+        module.code_counts[:used] = 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusion.vqgan.rank_zero_warn", said.append)
+            module._report_codebook()
+    assert [message.split(". ")[0] for message in said] == [
+        "the codebook collapses: epoch 1 used 9.4% of its 64 codes, fewer than 10%",
+        "the codebook collapses: epoch 1 used 3.1% of its 64 codes, fewer than 10%",
+    ]
+
+
+def test_each_player_is_clipped_by_its_own_norm():
+    module = AutoencoderTraining(Recipe(lr=1e-3), perceptual="none")
+    module.net, module.discriminator = nn.Linear(1, 1), nn.Linear(1, 1)
+    module._trainer = SimpleNamespace(precision_plugin=None)
+    for part, size in [(module.net, 3.0), (module.discriminator, 40.0)]:
+        for parameter in part.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    module.configure_gradient_clipping(None, 1.0, None)
+    for part in (module.net, module.discriminator):
+        norm = torch.stack([parameter.grad.norm() for parameter in part.parameters()]).norm()
+        assert norm.item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.soak
+def test_two_processes_train_as_one(tmp_path, scalars):
+    """With group norm; batch norm's statistics are a device's."""
+    options = ["--run_name", "a", *TINY, "--model.adversary.norm", "group", "--trainer.accelerator", "cpu"]
+    found = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        argv = [sys.executable, "-m", "diffusion", "fit", "--config", str(DIGITS), "--runs", str(folder / "runs"),
+                *options, "--trainer.devices", str(devices)]  # fmt: skip
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append((tensors(last_of(folder)), scalars(run_of(folder))))
+    (one, curves), (two, others) = found
+    for tag in ("train/loss", "train/adaptive_weight", "train/codebook_usage", "val/psnr"):
+        assert curves[tag] == [(step, pytest.approx(value, rel=1e-3)) for step, value in others[tag]], tag
+    for name in (name for name in one if name.startswith(("net.", "discriminator."))):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data.image_size", "15"], "data.image_size: 15x15 is not a multiple of 2, by which 2 multipliers reduce"),
+    (["--data.mean", "[0.2]"], "data.mean, data.std: [0.2] and [0.5]; an autoencoder takes images in [-1, 1]"),
+    (["--data.batch_per_device", "8"], "the loss is no mean over images and needs the 16 images of a device at once"),
+    (["--model.adversary.layers", "3"], "model.adversary.layers: 3 need images of 24x24 pixels at least, not 16x16"),
+    (["--model.adversary.warmup", "9"], "model.adversary.warmup: 9 steps do not fit before start=8"),
+    (["--model.adversary.weight", "-1"], "model.adversary.weight: -1.0 is less than 0"),
+    (["--model.kl_weight", "-1"], "model.kl_weight: -1.0 is negative"),
+    (["--model.optim.layer_decay", "0.5"], "model.optim.layer_decay: 0.5 needs layers in a row"),
+    (["--model.perceptual", "lpips"], "data/weights/vgg16-397923af.pth: there is no such file; fetch torchvision's"),
+    (["--model.groups", "3"], "groups=3 does not divide base=8"),
+    (["--init_from", "absent"], "--init_from: there is no run folder or file absent"),
+])  # fmt: skip
+def test_mistakes_are_named(arguments, message, tmp_path):
+    code, said = study(tmp_path, "fit", *TINY, *arguments)
+    assert code == 2 and message in " ".join(said.split()), said
+    assert not (tmp_path / "runs").exists() or not run_of(tmp_path).exists()
+
+
+def test_lpips_refuses_images_that_its_pools_would_use_up(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / VGG16).touch()
+    module = AutoencoderTraining(Recipe(lr=1e-3), **{**NET, "multipliers": (1, 2)})
+    data = SimpleNamespace(mean=(0.5,), std=(0.5,), channels=1, image_size=(16, 14), root=tmp_path)
+    with pytest.raises(InputError, match="model.perceptual: lpips needs images of 16x16 pixels at least, not 16x14"):
+        module.build(data)
+
+
+# Configs
+
+
+def resolved(name: str, *overrides: str) -> dict[str, Any]:
+    return flatten(StudyCLI("diffusion", ["fit", "--config", str(CONFIGS[name]), *overrides], run=False).resolved)
+
+
+@pytest.mark.parametrize("kind, overrides, said", [
+    ("vq", {}, "VQ 21 h"), ("kl", {"multipliers": (1, 2, 4, 4), "attention": "middle"}, "KL 26 h"),
+])  # fmt: skip
+def test_the_hours_in_the_paper_s_comment_are_those_counted(kind, overrides, said):
+    def parts() -> Players:
+        return Players(Autoencoder(kind, **overrides), PatchDiscriminator(3, (256, 256)), LPIPS())
+
+    cost = step_cost(Objective(Adversary()), parts, 3, (256, 256))
+    hours = cost.training_flops * 20 * (1_281_167 // 32 * 32) / 790e12 / 3600
+    assert said in CONFIGS["autoencoder_imagenet256"].read_text()
+    assert float(said.split()[1]) == pytest.approx(hours, abs=0.5)
+    assert 32 * cost.saved_bytes < 0.7 * 141e9 - 1.5e9  # the batch fits on one H200, as the comment says
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_parses_into_a_folder_of_its_name(name):
+    assert resolved(name)["run_name"] == f"{name}-s0"
+    text = CONFIGS[name].read_text().split("model:")[0]
+    assert f"python -m diffusion fit --config diffusion/configs/{name}.yaml" in text
+    assert "--model.kind kl" in text and "Expected:" in text
+    assert resolved(name, "--model.kind", "kl")["model.kind"] == "kl"
+
+
+def test_the_paper_s_is_the_published_recipe():
+    config = resolved("autoencoder_imagenet256")
+    published = {
+        "kind": "vq", "channels": 4, "codebook_size": 16384, "base": 128, "multipliers": [1, 2, 2, 4], "res_blocks": 2,
+        "beta": 0.25, "perceptual": "lpips", "perceptual_weight": 1.0, "codebook_weight": 1.0, "kl_weight": 1e-6,
+        "adversary.weight": 0.8, "adversary.start": 250_001, "adversary.width": 64, "adversary.layers": 3,
+        "adversary.norm": "batch", "optim.betas": [0.5, 0.9], "optim.weight_decay": 0.0, "optim.schedule": "constant",
+    }  # fmt: skip
+    assert {key: config[f"model.{key}"] for key in published} == published
+    assert config["model.optim.base_lr"] * config["data.batch_size"] / 256 == pytest.approx(
+        4.5e-6 * config["data.batch_size"]
+    )
+    assert (config["data.image_size"], config["trainer.precision"]) == (256, "bf16-mixed")
+    assert config["trainer.sync_batchnorm"] is True
+
+
+def test_the_paper_s_trains_with_lpips_and_is_refused_without(tmp_path):
+    """In bf16-mixed, at a quarter of the image's side and of the width."""
+    config = CONFIGS["autoencoder_imagenet256"]
+    for split in ("train", "val"):
+        for i in range(4):
+            place = tmp_path / "data" / "imagenet" / split / f"n0{i % 2}" / f"{i}.JPEG"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(i).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(place)
+    small = ["--data.image_size", "64", "--model.base", "32", "--data.batch_size", "2", "--data.eval_batch_size", "2",
+             "--data.workers", "0", "--trainer.max_epochs", "1", "--model.optim.warmup_epochs", "0",
+             "--model.adversary.start", "1", "--trainer.log_every_n_steps", "1", "--model.codebook_size", "64",
+             "--trainer.accelerator", "cpu"]  # fmt: skip
+    code, said = study(tmp_path, "fit", *small, config=config)
+    assert code == 2 and f"{VGG16}: there is no such file; fetch torchvision's VGG16" in said
+    (tmp_path / "data" / "weights").mkdir()
+    weights = {f"features.{key}": value for key, value in make_layers(cfgs["D"]).state_dict().items()}
+    torch.save(weights, tmp_path / "data" / VGG16)
+    code, said = study(tmp_path, "fit", *small, config=config)
+    assert code == 0, said
+    checkpoint = last_of(tmp_path)
+    assert not [key for key in checkpoint["state_dict"] if "features" in key or "lin0" in key or "perceptual" in key]
+    metrics = yaml.safe_load((run_of(tmp_path) / "results.json").read_text())["metrics"]
+    assert metrics["val/loss"] == pytest.approx(metrics["val/l1"] + metrics["val/perceptual"], rel=1e-5)
+    assert metrics["train/perceptual"] > 0 and metrics["train/adaptive_weight"] > 0
+
+
+def test_curves_reduce_what_stands_beside_the_loss(tmp_path):
+    """Summed over micro-batches and divided by their number, while Lightning has divided the loss."""
+    curves, logged = Curves(), []
+    trainer = SimpleNamespace(
+        accumulate_grad_batches=2, global_step=1, log_every_n_steps=1, datamodule=SimpleNamespace(global_batch=4),
+        strategy=SimpleNamespace(reduce=lambda x, reduce_op: x),
+        logger=SimpleNamespace(log_metrics=lambda values, step: logged.append(values)),
+    )  # fmt: skip
+    for i, (loss, l1) in enumerate([(1.5, 2.0), (0.5, 4.0)]):
+        out = {"loss": torch.tensor(loss), "l1": torch.tensor(l1)}
+        curves.on_train_batch_end(trainer, None, out, None, i)
+    assert logged[0]["train/loss"] == 2.0 and logged[0]["train/l1"] == 3.0
