@@ -13,7 +13,7 @@ COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
 COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
                    "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
-               "data.max_unreadable")
+               "data.max_unreadable", "model.picture_epochs")
 PREDICTION = "model.predict."  # options of `predict` alone; a trained run answers to all of them
 
 

@@ -23,18 +23,22 @@ from common.compare import draw_figure, markdown, print_table, write
 from common.comparison import Comparison
 from common.errors import InputError
 from common.exhibits import Exhibit, Scale, Start, read_exhibits
-from common.runs import find_runs, read_run
+from common.runs import changed_source, find_runs, read_run
 
 RUNS = Path("runs")
 
 
 def state(start: Start) -> str:
-    """finished, unfinished, failed, unreadable, missing, or another config, as a changed YAML leaves one behind."""
+    """finished, unfinished, failed, unreadable, missing, or what a changed YAML leaves behind: another config, and
+    weights other than those that its source has now.
+    """
     folder, expected_hash = start.located
     if not (folder / "results.json").is_file():
         return "missing"
     run = read_run(folder)
-    return "another config" if run.results.get("config_hash", expected_hash) != expected_hash else run.status
+    if run.results.get("config_hash", expected_hash) != expected_hash:
+        return "another config"
+    return "of other weights" if changed_source(run.results) else run.status
 
 
 def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
@@ -93,7 +97,9 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
             print(f"{place}\n{start}", flush=True)
             code = subprocess.run(start.command).returncode
             if code:
-                print(f"{place}: stopped with exit code {code}; the same command goes on there", file=sys.stderr)
+                mended = "once that is mended, " if code == 2 else ""
+                print(f"{place}: stopped with exit code {code}; {mended}the same command goes on there",
+                      file=sys.stderr)
                 return code if code > 0 else 128 - code  # ended by a signal: as a shell reports it
     compared = [start for start in starts if start.arm.name not in scale.sources]
     report(exhibit, scale, {start.located[0]: start.arm.name for start in compared})

@@ -140,6 +140,22 @@ def read_run(folder: Path) -> Run:
     return Run(folder, results, arm_hash(config), "failed" if failed else "unfinished", place + reason)
 
 
+def trained(source: str | Path) -> dict[str, Any] | None:
+    """What tells the weights of a run folder from those of another training in its place; None of anything else."""
+    try:
+        results = json.loads((Path(source) / "results.json").read_text())
+        return {name: results.get(name) for name in ("config_hash", "status", "step")}
+    except (OSError, ValueError):
+        return None
+
+
+def changed_source(results: dict[str, Any]) -> str | None:
+    """The run whose weights a run started from, if that has been trained otherwise or further since."""
+    record = results.get("init_from", {})
+    then, now = record.get("trained"), trained(record.get("source", ""))
+    return record["source"] if then and now and then != now else None
+
+
 def group_runs(runs: Iterable[Run], labels: Mapping[Path, str] | None = None) -> tuple[list[Group], list[Run]]:
     """Finished runs by arm, in the order given, and the runs that enter no mean.
 

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H x W pixels, P patch size, L tokens, V visible tok
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,8 @@ class MaskedAutoencoder(VisionTransformer):
             nearest = nearest_divisors(self.decoder_heads, self.decoder_width)
             raise InputError(f"model.decoder_heads={self.decoder_heads} does not divide "
                              f"decoder_width={self.decoder_width}; nearest that do: {nearest}")
+        if self.position == "sincos" and self.decoder_width % 4:
+            raise InputError(f"model.decoder_width={self.decoder_width} is no multiple of 4, as position=sincos needs")
         if self.norm_pix_loss not in ("none", "patch", "image"):
             raise InputError(f"model.norm_pix_loss={self.norm_pix_loss!r} is not known; choose none, patch or image")
         if self.norm_pix_loss == "patch" and self.patch_size**2 * self.channels == 1:
@@ -149,6 +151,9 @@ class MaskedAutoencoder(VisionTransformer):
         over = (-1,) if self.norm_pix_loss == "patch" else (1, 2)
         variance, mean = torch.var_mean(patches, dim=over, keepdim=True)  # unbiased, as MAE's
         return mean, (variance + 1e-6).sqrt()
+
+    def beyond_shapes(self) -> dict[str, Any]:
+        return {**super().beyond_shapes(), "decoder_heads": self.decoder_heads}
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"decoder_pos_embed", "mask_token"}

@@ -24,7 +24,9 @@ def panels(images: Tensor, reconstructions: Tensor, mask: Tensor, grid: tuple[in
         mask: (B, L), 1 where a patch is masked.
     """
     masked = unpatchify(mask[:, :, None].expand(-1, -1, patch_size**2), grid, patch_size).bool()
-    images, reconstructions = (x.expand(-1, 3, -1, -1) for x in (images, reconstructions))  # grey ones as well
+    # Three channels as colours; of others the first, as grey.
+    images, reconstructions = (x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
+                               for x in (images, reconstructions))  # fmt: skip
     hidden = torch.where(masked, images.new_tensor(MASKED).view(3, 1, 1), images)
     pasted = torch.where(masked, reconstructions, images)
     return torch.stack([images, hidden, reconstructions, pasted], dim=1).clamp(0, 1)

@@ -43,6 +43,8 @@ class Prediction:
     def __post_init__(self) -> None:
         if self.mask_ratio is not None:
             check_mask_ratio("model.predict.mask_ratio", self.mask_ratio)
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise InputError(f"model.predict.seed: {self.seed} is not between 0 and 4294967295")
 
 
 AS_TRAINED = Prediction()
@@ -53,7 +55,8 @@ class Pretraining(Experiment):
 
     Metrics over the masked patches: `loss`; `mse` in the units of the normalised images, whatever the loss is
     normalised by; and `mse_of_mean`, that of predicting each channel's mean over the visible pixels of the image,
-    which a model has to beat. Masks are a function of (seed, epoch, index of the image), in evaluation of epoch 0.
+    which a model has to beat (but under norm_pix_loss=patch, which lends it the truth's own means). Masks are a
+    function of (seed, epoch, index of the image), in evaluation of epoch 0.
 
     Args:
         optim: the optimiser recipe.

@@ -19,6 +19,7 @@ from common.model.flops import block_bytes
 from common.randomness import seeded
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe
+from supervised.probe import FeatureNorm
 
 
 class Classification(Experiment):
@@ -62,7 +63,7 @@ class Classification(Experiment):
         )
         if self.probe:
             head = net.requires_grad_(False).head.requires_grad_(True)
-            net.head = nn.Sequential(nn.BatchNorm1d(net.width, eps=1e-6, affine=False), head)
+            net.head = nn.Sequential(FeatureNorm(net.width), head)
         return net
 
     def cost(self, net: VisionTransformer) -> Cost:

@@ -133,7 +133,7 @@ PROBED = {
     "model.pool": "cls", "model.drop_path": 0.0, "model.mixup": 0.0, "model.cutmix": 0.0, "model.label_smoothing": 0.0,
     "model.optim.weight_decay": 0.0, "model.optim.layer_decay": 1.0, "model.optim.schedule": "cosine",
     "model.optim.min_lr": 0.0, "model.optim.ema": None, "data.augment.jitter": [0.0] * 4,
-    "data.augment.grayscale": 0.0, "data.augment.rand_augment": None, "trainer.sync_batchnorm": True,
+    "data.augment.grayscale": 0.0, "data.augment.rand_augment": None,
 }  # fmt: skip
 PROBED_PHOTOGRAPHS = PROBED | {
     "model.optim.lr": 1e-3, "model.optim.base_lr": None, "model.optim.betas": [0.9, 0.95],

@@ -117,7 +117,7 @@ class ImageData(GlobalBatchData):
     def _files_to_predict(self) -> list[str]:
         if self.images is None or not Path(self.images).is_dir():
             raise InputError(f"data.images: {self.images} is not a folder; name one with the images to predict")
-        files = sorted(str(path) for path in Path(self.images).rglob("*") if is_image(path))
+        files = sorted(str(path) for path in Path(self.images).rglob("*") if is_image(path) and path.is_file())
         if not files:
             raise InputError(f"data.images: {self.images} holds no images ({', '.join(SUFFIXES)})")
         return files

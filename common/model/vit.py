@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H x W pixels, L image tokens, N = prefix + L tokens
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +200,10 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one dimension that are exempt from weight decay."""
         return {"pos_embed", "cls_token"}
+
+    def beyond_shapes(self) -> dict[str, Any]:
+        """What the function depends on and no parameter's shape tells."""
+        return {"grid": list(self.grid), "heads": self.heads}
 
     def layer_index(self, parameter_name: str) -> int:
         """Depth of a parameter for layer-wise decay (He et al. 2022): 0 before the blocks, depth + 1 after them."""

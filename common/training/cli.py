@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -29,7 +30,7 @@ from common.identity import flatten
 from common.training import run
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
 from common.training.curves import Curves
-from common.training.initialisation import check_source
+from common.training.initialisation import REQUIRED, check_source
 from common.training.messages import class_help, explain, given_configs, with_extended
 from common.training.module import Experiment
 from common.training.options import OPTIONS, OVERRULED
@@ -116,6 +117,8 @@ class StudyCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.options = self.config[self.subcommand]
+        if self.options.init_from not in (None, "", REQUIRED):
+            self.options.init_from = _one_spelling(self.options.init_from)
         self.resolved = self._resolved(self.config)
         name = self.options.run_name or self._default_name()
         if name != Path(name).name or name == "..":
@@ -158,13 +161,13 @@ class StudyCLI(LightningCLI):
 
     def _before_fit(self) -> None:
         self._check_trainer()
-        if self.options.init_from:
-            check_source(self.options.init_from)
         if self.options.overwrite:  # what is there goes when training starts, and not for a command that fails before
             self.checkpoint = self._continued()
+            self._check_source()
             return
         run.refuse_another_config(self.folder, self.resolved)
         results = run.read_results(self.folder)
+        run.refuse_changed_source(self.folder, results)
         if results.get("status") == "finished":
             rank_zero_only(print)(f"finished: {self.folder}, epoch {results.get('epoch')}; "
                                   "train it anew with --overwrite, or on with --continue_from")
@@ -172,6 +175,11 @@ class StudyCLI(LightningCLI):
         for leftover in (self.folder / "checkpoints").glob("*.tmp"):
             leftover.unlink(missing_ok=True)  # another rank may be quicker
         self.checkpoint = newest_readable(self.folder / "checkpoints") or self._continued()
+        self._check_source()
+
+    def _check_source(self) -> None:
+        if self.checkpoint is None and self.options.init_from is not None:
+            check_source(self.options.init_from)
 
     def _check_trainer(self) -> None:
         trainer = self.options.trainer
@@ -211,8 +219,8 @@ class StudyCLI(LightningCLI):
     def _before_evaluation(self) -> None:
         run.refuse_another_config(self.folder, self.resolved)
         self.checkpoint = newest_readable(self.folder / "checkpoints")
-        if self.checkpoint is None and self.options.init_from:
-            check_source(self.options.init_from)  # published weights, as they are
+        if self.checkpoint is None and self.options.init_from is not None:
+            self._check_source()  # published weights, as they are
         elif self.checkpoint is None:
             raise InputError(f"{self.folder}: there is no checkpoint to {self.subcommand}; run fit with the same "
                              "options, name the run with --run_name, or give weights with --init_from")
@@ -258,6 +266,12 @@ class StudyCLI(LightningCLI):
         kwargs |= {"ckpt_path": self.checkpoint, "weights_only": True}
         own = {"validate": {"verbose": False}, "test": {"verbose": False}, "predict": {"return_predictions": False}}
         return kwargs | own.get(subcommand, {})
+
+
+def _one_spelling(path: str) -> str:
+    """A path as it is hashed: relative to the working directory where it lies below, without a slash at its end."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
 
 
 def run_folder(study: str, args: list[str]) -> Path:

@@ -210,6 +210,8 @@ class Experiment(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulation"] = self.trainer.accumulate_grad_batches
+        if isinstance(vit := self.backbone(self.net), VisionTransformer):
+            checkpoint["beyond_shapes"] = vit.beyond_shapes()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = checkpoint["global_step"]

@@ -20,6 +20,7 @@ import yaml
 
 from common.errors import InputError
 from common.identity import config_hash, covered, differing, flatten
+from common.runs import changed_source
 from common.training.curves import Curves
 from common.training.recipe import effective_recipe, print_recipe
 from common.training.scores import print_scores
@@ -57,6 +58,13 @@ def refuse_another_config(folder: Path, config: dict[str, Any]) -> None:
         keys = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in found.items())
         raise InputError(f"{folder} holds a run of another config ({keys}); choose another --run_name, "
                          "or discard that run with --overwrite")
+
+
+def refuse_changed_source(folder: Path, results: dict[str, Any]) -> None:
+    """A run is of no use any more where the run whose weights it started from has been trained otherwise since."""
+    if source := changed_source(results):
+        raise InputError(f"{folder} started from weights that are no longer in {source}, which was trained anew; train "
+                         "it anew too, with --overwrite, or choose another --run_name")
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -127,21 +135,24 @@ class RunFolder(L.Callback):
         self.study, self.folder, self.config, self.curves = study, folder, config, curves
         self.results: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
+        self.initialised: dict[str, Any] = {}  # the report of init_from, whenever that was
         self.seconds = 0.0
         self._config_written = (folder / "config.yaml").exists()
         self._clock = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds + time.perf_counter() - self._clock
-        return {"metrics": self.metrics | self.curves.values, "seconds": seconds}
+        return {"metrics": self.metrics | self.curves.values, "seconds": seconds, "init_from": self.initialised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.metrics, self.seconds = dict(state["metrics"]), state["seconds"]
+        self.initialised = state.get("init_from", {})
 
     # Training
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
+        self.initialised = module.initialised or self.initialised
         if not trainer.is_global_zero:
             return
         if self.overwrite:
@@ -245,7 +256,7 @@ class RunFolder(L.Callback):
             | {"python": platform.python_version()},
             "hardware": hardware(trainer),
             "commit": commit(),
-            **({"init_from": module.initialised} if module.initialised else {}),
+            **({"init_from": self.initialised} if self.initialised else {}),
         }
 
     def _write(self, trainer: L.Trainer, status: str, **more: Any) -> None:

@@ -234,11 +234,76 @@ def test_a_probe_refuses_micro_batches(mae: Callable, tmp_path: Path, source: Pa
     assert not (tmp_path / "runs/mae/a").exists()
 
 
-def test_sync_batchnorm_changes_nothing_in_one_process(done: Callable, tmp_path: Path, source: Path) -> None:
-    found = []
-    for run, more in [("on", []), ("off", ["--trainer.sync_batchnorm", "false"])]:
-        done("fit", "--init_from", SOURCE, "--run_name", run, *more, config="digits_probe")
-        assert f"sync_batchnorm: {'true' if run == 'on' else 'false'}\n" in (
-            tmp_path / f"runs/mae/{run}/config.yaml").read_text()  # fmt: skip
-        found.append(weights(tmp_path / f"runs/mae/{run}"))
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+# The source of the weights
+
+
+def test_the_report_outlives_a_resumed_run(
+    mae: Callable, done: Callable, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--init_from", SOURCE, "--run_name", "a", "--data.image_size", "16"]
+    step = Classification.training_step
+
+    def breaking(module: Classification, batch: dict[str, Tensor], number: int) -> Tensor:
+        if module.trainer.global_step == 12:  # in the second of two epochs
+            raise RuntimeError("lightning struck")
+        return step(module, batch, number)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Classification, "training_step", breaking)
+        assert mae("fit", *options, config="digits_finetune").code == 1
+    before = results(tmp_path / "runs/mae/a")
+    assert before["status"] == "failed" and before["init_from"]["position_prior"] == "interpolated"
+    done("fit", *options, config="digits_finetune")
+    after = results(tmp_path / "runs/mae/a")
+    assert after["status"] == "finished" and after["init_from"] == before["init_from"]
+
+
+def test_a_run_of_weights_that_were_trained_anew_is_not_finished(mae: Callable, done: Callable, source: Path) -> None:
+    tuned = ["fit", "--init_from", SOURCE, "--run_name", "a"]
+    done(*tuned, config="digits_finetune")
+    assert done(*tuned, config="digits_finetune").startswith("finished: ")
+    done("fit", "--run_name", "source", "--model.optim.lr", "1e-3", "--overwrite")
+    outcome = mae(*tuned, config="digits_finetune")
+    assert outcome.code == 2 and "runs/mae/a started from weights that are no longer in runs/mae/source" in outcome.err
+    done(*tuned, "--overwrite", config="digits_finetune")
+    assert done(*tuned, config="digits_finetune").startswith("finished: ")
+
+
+def test_a_finished_run_does_not_need_its_source(done: Callable, source: Path) -> None:
+    tuned = ["fit", "--init_from", SOURCE, "--run_name", "a"]
+    done(*tuned, config="digits_finetune")
+    source.rename(source.with_name("elsewhere"))
+    assert done(*tuned, config="digits_finetune").startswith("finished: ")
+
+
+def test_one_run_however_its_source_is_spelt(done: Callable, tmp_path: Path, source: Path) -> None:
+    done("fit", "--init_from", SOURCE, config="digits_finetune")
+    for spelling in (f"{SOURCE}/", f"./{SOURCE}", str(source)):
+        assert done("fit", "--init_from", spelling, config="digits_finetune").startswith("finished: ")
+
+
+@pytest.mark.parametrize("given, message", [
+    ("", "this config starts from trained weights"), ("required", "this config starts from trained weights"),
+    (f"{SOURCE} --model.heads 4", "was trained with heads=2, and model.heads is 4"),
+])  # fmt: skip
+def test_a_source_that_cannot_be_meant_is_refused(mae: Callable, source: Path, given: str, message: str) -> None:
+    name, *more = given.split(" ")
+    outcome = mae("fit", "--init_from", name, "--run_name", "a", *more, config="digits_finetune")
+    assert outcome.code == 2 and message in outcome.err
+
+
+def test_a_grid_that_is_not_square_is_known(done: Callable, tmp_path: Path) -> None:
+    done("fit", "--run_name", "wide", "--data.image_size", "[4,16]")  # 2x8 patches, as many as 4x4
+    out = done("fit", "--init_from", "runs/mae/wide", "--run_name", "a", "--model.optim.lr", "0",
+               config="digits_finetune")  # fmt: skip
+    assert "init_from resampled: 1 pos_embed" in out
+    there, here = (weights(tmp_path / "runs/mae" / run)["pos_embed"] for run in ("wide", "a"))
+    plane = there[:, 1:].reshape(1, 2, 8, 16).permute(0, 3, 1, 2)
+    expected = F.interpolate(plane, (4, 4), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(here[:, 1:], expected)
+
+
+def test_a_source_that_is_not_finished_is_said(done: Callable, source: Path) -> None:
+    (source / "results.json").write_text(json.dumps({**results(source), "status": "running"}))
+    with pytest.warns(UserWarning, match="runs/mae/source is not finished"):
+        done("fit", "--init_from", SOURCE, "--run_name", "a", config="digits_finetune")

@@ -206,7 +206,8 @@ def test_both_learned_tables_are_resampled_to_another_grid(tmp_path: Path, capsy
 
 
 def test_fixed_tables_are_computed_for_another_grid(tmp_path: Path):
-    weights = save(tmp_path / "full.pth", FULL_RELEASE)
+    fixed = {"pos_embed": published_table((4, 4), 16), "decoder_pos_embed": published_table((4, 4), 24)}
+    weights = save(tmp_path / "full.pth", FULL_RELEASE, **fixed)
     net = autoencoder(image_size=(12, 8), position="sincos")
     report = load(net, tmp_path / "full.pth")
     assert set(report["loaded"]) == FULL_RELEASE.keys() - TABLES
@@ -214,6 +215,18 @@ def test_fixed_tables_are_computed_for_another_grid(tmp_path: Path):
     assert_holds(net, weights, FULL_RELEASE.keys() - TABLES)
     torch.testing.assert_close(net.pos_embed, published_table((6, 4), 16), atol=1e-6, rtol=0)
     torch.testing.assert_close(net.decoder_pos_embed, published_table((6, 4), 24), atol=1e-6, rtol=0)
+
+
+def test_learned_tables_that_a_fixed_one_replaces_are_said(tmp_path: Path):
+    save(tmp_path / "full.pth", FULL_RELEASE)
+    with pytest.warns(UserWarning, match="pos_embed is not taken, since model.position=sincos"):
+        report = load(autoencoder(position="sincos"), tmp_path / "full.pth")
+    assert {"pos_embed", "decoder_pos_embed"} <= set(report["unexpected"])
+
+
+def test_learned_tables_that_start_as_sines_and_cosines_are_recorded(tmp_path: Path):
+    save(tmp_path / "full.pth", FULL_RELEASE, pos_embed=published_table((4, 4), 16))
+    assert load(classifier(), tmp_path / "full.pth")["position_prior"] == "sincos"
 
 
 @pytest.mark.parametrize("net", [autoencoder, classifier])
@@ -235,7 +248,7 @@ def test_a_shallower_encoder_is_refused(tmp_path: Path, net: Callable):
         load(net(depth=1), tmp_path / "full.pth")
 
 
-@pytest.mark.parametrize("options", [{"decoder_width": 12}, {"decoder_depth": 4}])
+@pytest.mark.parametrize("options", [{"decoder_width": 12}, {"decoder_depth": 4}, {"decoder_depth": 2}])
 def test_another_decoder_is_fresh_as_a_whole(tmp_path: Path, options):
     save(tmp_path / "full.pth", FULL_RELEASE)
     net = autoencoder(**options)
