@@ -15,6 +15,8 @@ from common import paper
 from common.errors import InputError
 from common.exhibits import Start, read_exhibits
 from common.identity import arm_hash, config_hash, covered
+from common.runs import changed_source
+from common.runs import trained as trained_as
 
 ROOT = Path(__file__).parent.parent
 IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9")
@@ -392,3 +394,23 @@ def test_options_of_prediction_alone_are_no_part_of_a_run():
     assert covered(config) == {"model.class_path": "A", "model.patch_size": 1}
     for key in ("predict", "predictor"):  # a model's own key that only looks like it
         assert covered({"model": {key: "noise"}}) == {f"model.{key}": "noise"}
+
+
+def test_weights_that_were_trained_anew_are_noticed(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def train(**results):
+        (source / "results.json").write_text(json.dumps({"status": "finished", "step": 9, **results}))
+
+    train(config_hash="a")
+    run = {"init_from": {"source": str(source), "trained": trained_as(source)}}
+    assert changed_source(run) is None
+    for other in ({"config_hash": "b"}, {"config_hash": "a", "step": 10}):
+        train(**other)
+        assert changed_source(run) == str(source)
+    train(config_hash="a")
+    assert changed_source(run) is None  # the same config gives the same weights
+    (source / "results.json").unlink()
+    assert changed_source(run) is None  # nothing says that they were others
+    assert changed_source({}) is None and changed_source({"init_from": {"source": "mae_pretrain.pth"}}) is None
