@@ -24,7 +24,7 @@ class MaskedAutoencoder(VisionTransformer):
     Args:
         image_size: see VisionTransformer, as all others up to `qk_norm`.
         position: of the encoder's and the decoder's table. MAE fixes sines and cosines, which know the grid; a learned
-            table does not (RECIPES 2.4).
+            table does not.
         decoder_width: D of the decoder's tokens. MAE has 512 x 8 blocks x 16 heads for Base and larger.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.

@@ -55,8 +55,8 @@ class Pretraining(Experiment):
 
     Metrics over the masked patches: `loss`; `mse` in the units of the normalised images, whatever the loss is
     normalised by; and `mse_of_mean`, that of predicting each channel's mean over the visible pixels of the image,
-    which a model has to beat (but under norm_pix_loss=patch, which lends it the truth's own means). Masks are a
-    function of (seed, epoch, index of the image), in evaluation of epoch 0.
+    which a model has to beat (but for the other modes of norm_pix_loss, where `mse` is lent the truth's own means and
+    scales). Masks are a function of (seed, epoch, index of the image), in evaluation of epoch 0.
 
     Args:
         optim: the optimiser recipe.
@@ -128,7 +128,10 @@ class Pretraining(Experiment):
     # Training
 
     def noise(self, batch: dict[str, Any], seed: int | None = None) -> Tensor:
-        """The draws (B, L) that decide which tokens of an image are masked."""
+        """The draws (B, L) that decide which tokens of an image are masked: those of the least draws stay visible.
+
+        The place for a masking of one's own; equal draws keep the order of the tokens, which lie on `self.net.grid`.
+        """
         seed = self.trainer.seed if seed is None else seed
         return uniform("mask", seed, batch["epoch"], batch["index"], n=self.net.tokens)
 
@@ -164,7 +167,9 @@ class Pretraining(Experiment):
         return figure(self.shown, f"{title}, {self.described(self.mask_ratio)}")
 
     def described(self, mask_ratio: float) -> str:
-        return f"{mask_ratio:.0%} masked, patch size {self.net.patch_size}, norm_pix_loss {self.net.norm_pix_loss}"
+        target = self.net.norm_pix_loss
+        lent = "" if target == "none" else " (means and scales from the truth)"
+        return f"{mask_ratio:.0%} masked, patch size {self.net.patch_size}, norm_pix_loss {target}{lent}"
 
     # Prediction: for each file its picture
 

@@ -21,13 +21,15 @@ def is_image(path: Path) -> bool:
 def decode(file: str, channels: int) -> Tensor:
     """The image as uint8 (C, h, w): grey for one channel, else RGB without transparency. InputError if unreadable."""
     from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms.v2.functional import to_dtype
+    from torchvision.transforms.v2.functional import rgb_to_grayscale, to_dtype
 
     try:
         image = decode_image(file, mode=ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rsplit(".cpp:", 1)[-1].partition(", ")[2]
         raise InputError(f"{file}: not a readable image ({reason})") from error
+    if channels == 1 and len(image) == 3:  # WebP, whose decoder knows no grey
+        image = rgb_to_grayscale(image)
     return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)  # PNG may have 16 bits
 
 

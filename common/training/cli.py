@@ -37,6 +37,8 @@ from common.training.options import OPTIONS, OVERRULED
 from common.training.progress import Progress
 from common.training.trainer import Trainer
 
+EVALUATIONS = ("validate", "test", "predict")
+
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line that names the key, the file and the nearest right key."""
@@ -116,7 +118,12 @@ class StudyCLI(LightningCLI):
         """Nothing: what the user types beats what a checkpoint remembers."""
 
     def before_instantiate_classes(self) -> None:
+        self._refuse_another_study()
         self.options = self.config[self.subcommand]
+        if self.options.init_from == REQUIRED and self.options.run_name and self.subcommand in EVALUATIONS:
+            saved = Path(self.options.runs) / self.study / self.options.run_name / "config.yaml"
+            if saved.is_file():  # the run knows what it started from
+                self.options.init_from = run.read_config(saved).get("init_from")
         if self.options.init_from not in (None, "", REQUIRED):
             self.options.init_from = _one_spelling(self.options.init_from)
         self.resolved = self._resolved(self.config)
@@ -153,6 +160,14 @@ class StudyCLI(LightningCLI):
         alone = [word for file in files for word in ("--config", str(file))]
         plain = self._resolved(self.parser.parse_args(with_extended([self.subcommand, *alone])))
         return run.default_name("+".join(file.stem for file in files), self.resolved, plain)
+
+    def _refuse_another_study(self) -> None:
+        """A config of another study would take that study's folder names below this one's."""
+        packages = Path(__file__).parents[2]
+        for file in given_configs(self.given):
+            study = file.resolve().parent.parent
+            if study.parent == packages and file.resolve().parent.name == "configs" and study.name != self.study:
+                raise InputError(f"--config: {file} is a config of another study; run it with python -m {study.name}")
 
     # What may go on in this folder
 

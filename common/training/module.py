@@ -98,7 +98,7 @@ class Experiment(L.LightningModule):
                 if self.trainer.state.fn != "fit" and self.initialised["missing"]:
                     raise InputError(f"--init_from: {self.init_from} lacks {', '.join(self.initialised['missing'][:3])}"
                                      f" ({len(self.initialised['missing'])} in all), without which there is nothing to "
-                                     f"{self.trainer.state.fn}; fit trains them")
+                                     f"{self.trainer.state.fn.value}; fit trains them")
 
     def cost(self, net: nn.Module) -> Cost:
         vit = self.backbone(net)

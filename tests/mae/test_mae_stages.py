@@ -254,3 +254,16 @@ def test_targets_without_brightness_are_warned_of(done: Callable, recwarn: pytes
     assert warned("--model.patch_size", "1", "--model.norm_pix_loss", "patch")
     assert not warned("--model.patch_size", "2", "--model.norm_pix_loss", "patch")
     assert not warned("--model.patch_size", "1", "--model.norm_pix_loss", "image")
+
+
+def test_a_config_of_another_study_is_refused(mae: Callable, command: Callable) -> None:
+    supervised = Path(__file__).parents[2] / "supervised" / "configs" / "digits.yaml"
+    outcome = command("fit", config=supervised, study="mae")
+    assert outcome.code == 2 and "is a config of another study; run it with python -m supervised" in outcome.err
+
+
+def test_a_run_that_is_named_knows_its_source(done: Callable) -> None:
+    done("fit", "--run_name", "source")
+    done("fit", "--run_name", "a", "--init_from", "runs/mae/source", config="digits_finetune")
+    assert "runs/mae/a after 18 steps on digits, val: 300 images" in done("validate", "--run_name", "a",
+                                                                         config="digits_finetune")  # fmt: skip
