@@ -467,7 +467,8 @@ def test_each_player_is_clipped_by_its_own_norm():
 @pytest.mark.soak
 def test_two_processes_train_as_one(tmp_path, scalars):
     """With group norm; batch norm's statistics are a device's."""
-    options = ["--run_name", "a", *TINY, "--model.adversary.norm", "group", "--trainer.accelerator", "cpu"]
+    options = ["--run_name", "a", *TINY, "--model.adversary.norm", "group", "--trainer.accelerator", "cpu",
+               "--trainer.limit_val_batches", "1.0"]  # a batch of each of two is twice as many images
     found = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
