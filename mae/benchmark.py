@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.memory import kept_bytes
 from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
 from common.command import run_command
 from common.training.optim import Recipe, adamw
@@ -64,22 +64,6 @@ class Step:
         loss.backward()
         self.optimizer.step()
         return loss.item()
-
-
-def kept_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of `forward`, the weights apart; a storage counts once."""
-    apart = {weight.untyped_storage().data_ptr() for weight in weights}
-    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is given out twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.benchmark.memory import kept_bytes
 from diffusion import DiT
 from diffusion.cost import activation_bytes, conditioning_flops, forward_flops
 
@@ -47,29 +47,16 @@ def test_cost_of_the_large_model(patch_size, gigaflops):
         assert forward_flops(net) / 2e9 == pytest.approx(80.71, abs=0.02)
 
 
-def kept_bytes(net: DiT, batch: int, precision: str) -> int:
-    """Bytes of the distinct storages that autograd keeps of a forward, the net's own weights apart."""
+def kept_of_a_forward(net: DiT, batch: int, precision: str) -> int:
     net = net.bfloat16() if precision == "bf16-true" else net
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
-    own = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
     x, t, y = torch.randn(batch, 4, *net.input_size), torch.arange(batch), torch.zeros(batch, dtype=torch.long)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        output = net(x, t, y, torch.ones(batch))
-    del output
-    return sum(storage.nbytes() for storage in kept.values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return kept_bytes(lambda: net(x, t, y, torch.ones(batch)), net.parameters())
 
 
 def kept_bytes_of_an_image(net: DiT, precision: str) -> float:
     """Of one image more: what autograd keeps of the weights under autocast is no image's."""
-    return (kept_bytes(net, 6, precision) - kept_bytes(net, 2, precision)) / 4
+    return (kept_of_a_forward(net, 6, precision) - kept_of_a_forward(net, 2, precision)) / 4
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.benchmark.memory import kept_bytes
 from common.data.loader import GlobalBatchData
 from common.model.flops import parameters
 from common.training.optim import Recipe
@@ -53,27 +53,15 @@ def test_cost_of_the_pixel_model_at_32x32(size, width, depth, heads, gigaflops, 
     assert round(parameters(net) / 1e6, 2) == millions
 
 
-def kept_bytes(net: MaskedAutoencoder, batch: int, autocast: bool) -> int:
-    """Bytes of the distinct storages that autograd keeps of a forward, the net's own weights apart."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
+def kept_of_a_forward(net: MaskedAutoencoder, batch: int, autocast: bool) -> int:
     images, noise = torch.randn(batch, net.channels, *net.image_size), torch.rand(batch, net.tokens)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = net(images, noise, 0.75)[0]
-    del loss
-    return sum(storage.nbytes() for storage in kept.values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return kept_bytes(lambda: net(images, noise, 0.75)[0], net.parameters())
 
 
 def kept_bytes_of_an_image(net: MaskedAutoencoder, autocast: bool) -> float:
     """Of one image more: what autograd keeps of the weights under autocast is no image's."""
-    return (kept_bytes(net, 6, autocast) - kept_bytes(net, 2, autocast)) / 4
+    return (kept_of_a_forward(net, 6, autocast) - kept_of_a_forward(net, 2, autocast)) / 4
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -126,7 +114,7 @@ def test_a_global_batch_of_4096_divides_into_micro_batches_that_fit(small_on_80_
     assert module.images_that_fit(data) == (0.7 * 80e9 - weights) // IMAGE == 468
     assert (data.micro_batch, module.trainer.accumulate_grad_batches) == (256, 16)
     # What autograd keeps at this very size, outside the blocks too; a GPU needs room for the backward besides.
-    measured = kept_bytes(net, 2, autocast=True) - kept_bytes(net, 1, autocast=True)
+    measured = kept_of_a_forward(net, 2, autocast=True) - kept_of_a_forward(net, 1, autocast=True)
     assert 1 < measured / IMAGE < 1.06
     assert weights + data.micro_batch * measured < 0.5 * 80e9
 

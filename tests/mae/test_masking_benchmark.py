@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.benchmark.memory import kept_bytes
 from common.errors import InputError
 from common.training.optim import Recipe
 from mae import benchmark
-from mae.benchmark import MASKED, MEMORY_COLUMNS, TIME_COLUMNS, WHOLE, Decoder, Step, kept_bytes, main, measure
+from mae.benchmark import MASKED, MEMORY_COLUMNS, TIME_COLUMNS, WHOLE, Decoder, Step, main, measure
 from mae.cost import activation_bytes
 from mae.model import MaskedAutoencoder
 

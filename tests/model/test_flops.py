@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.benchmark.memory import kept_bytes
 from common.model import VisionTransformer
 from common.model.flops import activation_bytes, forward_flops, parameters, training_flops
 
@@ -60,21 +60,9 @@ def test_parameter_counts(size, counts):
 
 
 def saved_bytes(model: VisionTransformer, batch: int, autocast: bool) -> int:
-    """Bytes of the distinct storages that autograd keeps, the model's own weights apart."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
     images = torch.randn(batch, 3, *model.image_size)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(images)
-    del logits
-    return sum(storage.nbytes() for storage in kept.values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return kept_bytes(lambda: model(images), model.parameters())
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
