@@ -95,11 +95,9 @@ class Generation(Experiment):
         predict: Sampling = PUBLISHED,
         **dit: Any,
     ) -> None:
-        super().__init__(optim)
-        if picture_epochs < 0:
-            raise InputError(f"model.picture_epochs: {picture_epochs} is negative; 0 logs no pictures")
+        super().__init__(optim, picture_epochs)
         self.conditional, self.predict = conditional, predict
-        self.picture_epochs, self.picture_steps = picture_epochs, picture_steps
+        self.picture_steps = picture_steps
         self.dit = dit
         self.process = GaussianDiffusion()
 

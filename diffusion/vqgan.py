@@ -76,13 +76,11 @@ class AutoencoderTraining(Experiment):
         picture_epochs: int = 10,
         **autoencoder: Any,
     ) -> None:
-        super().__init__(optim)
-        if picture_epochs < 0:
-            raise InputError(f"model.picture_epochs: {picture_epochs} is negative; 0 logs no pictures")
+        super().__init__(optim, picture_epochs)
         if optim.layer_decay != 1:
             raise InputError(f"model.optim.layer_decay: {optim.layer_decay} needs layers in a row, which an "
                              "autoencoder has not; leave it at 1")
-        self.lpips, self.picture_epochs = perceptual == "lpips", picture_epochs
+        self.lpips = perceptual == "lpips"
         self.objective = Objective(adversary, perceptual_weight, codebook_weight, kl_weight)
         self.whole_batch = adversary.weight > 0  # the adaptive weight is no mean over images, nor is batch norm
         self.autoencoder = autoencoder

@@ -79,11 +79,9 @@ class Pretraining(Experiment):
         predict: Prediction = AS_TRAINED,
         **mae: Any,
     ) -> None:
-        super().__init__(optim)
+        super().__init__(optim, picture_epochs)
         check_mask_ratio("model.mask_ratio", mask_ratio)
-        if picture_epochs < 0:
-            raise InputError(f"model.picture_epochs: {picture_epochs} is negative; 0 logs no pictures")
-        self.mask_ratio, self.picture_epochs, self.predict = mask_ratio, picture_epochs, predict
+        self.mask_ratio, self.predict = mask_ratio, predict
         self.mae = mae
 
     def build(self, data: ImageData) -> MaskedAutoencoder:

@@ -62,18 +62,17 @@ class Depth(Experiment):
         picture_epochs: int = 10,
         **vit: Any,
     ) -> None:
-        super().__init__(optim)
+        super().__init__(optim, picture_epochs)
         if bins < 2:
             raise InputError(f"model.bins: {bins} is fewer than 2")
         if not 0 < depth_range[0] < depth_range[1]:
             raise InputError(f"model.depth_range: {list(depth_range)} is not two growing, positive depths in metres")
-        for name, value in [("sig_warmup", sig_warmup), ("gradient_weight", gradient_weight),
-                            ("picture_epochs", picture_epochs)]:
+        for name, value in [("sig_warmup", sig_warmup), ("gradient_weight", gradient_weight)]:
             if value < 0:
                 raise InputError(f"model.{name}: {value} is negative")
         self.bins, self.depth_range, self.sig_warmup = bins, tuple(depth_range), sig_warmup
         self.gradient_weight = gradient_weight if gradient_loss == "spatial" else 0.0
-        self.flip_average, self.picture_epochs = flip_average, picture_epochs
+        self.flip_average = flip_average
         self.vit = vit
 
     def build(self, data: DepthData) -> DepthNet:

@@ -46,6 +46,7 @@ class Experiment(L.LightningModule):
 
     Args:
         optim: the optimiser recipe.
+        picture_epochs: log the picture every this many epochs, and after the last; 0 logs none.
     """
 
     data_class: type[GlobalBatchData] = GlobalBatchData
@@ -54,11 +55,12 @@ class Experiment(L.LightningModule):
     # True where the loss is not a mean over images: a step must then see its whole batch on each device.
     whole_batch = False
     picture = ""  # the name of the picture that a validation draws, where a study has one
-    picture_epochs = 0
 
-    def __init__(self, optim: Recipe) -> None:
+    def __init__(self, optim: Recipe, picture_epochs: int = 0) -> None:
         super().__init__()
-        self.optim = optim
+        if picture_epochs < 0:
+            raise InputError(f"model.picture_epochs: {picture_epochs} is negative; 0 logs no pictures")
+        self.optim, self.picture_epochs = optim, picture_epochs
         self.net: nn.Module | None = None
         self.init_from: str | None = None  # set by the command line for a fresh start alone
         self.initialised: dict[str, Any] = {}
