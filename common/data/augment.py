@@ -30,7 +30,8 @@ class Augment:
         crop_scale: the crop's share of the image's area, low and high; null takes the whole image, its short side
             resized to fit, and its centre.
         crop_ratio: the crop's width / height, low and high.
-        interpolation: of the crop; antialiased.
+        interpolation: of the crop; antialiased. adm is the preprocessing of ADM and DiT, for whole images: halved by a
+            box filter while they are twice too large, bicubic for the rest.
         flip: probability of mirroring left and right.
         jitter: how far brightness, contrast and saturation may leave 1 and hue may leave 0 (half a circle is 0.5); the
             four come in an order drawn for each image.
@@ -57,6 +58,9 @@ class Augment:
             raise InputError(f"data.augment.crop_scale: {list(self.crop_scale)} is not a range of shares in (0, 1]")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise InputError(f"data.augment.crop_ratio: {list(self.crop_ratio)} is not a range of positive ratios")
+        if self.interpolation == "adm" and self.crop_scale is not None:
+            raise InputError(f"data.augment.interpolation: adm takes whole images, but data.augment.crop_scale is "
+                             f"{list(self.crop_scale)}; set that to null, or interpolate by bicubic")
         if min(self.jitter) < 0 or self.jitter[colour.HUE] > 0.5:
             raise InputError(f"data.augment.jitter: {list(self.jitter)} must not be negative, and its hue at most 0.5")
 

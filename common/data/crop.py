@@ -2,7 +2,7 @@
 
 A resized row is a weighted sum of rows of the box, so a crop is `rows @ image @ columns.T`; mirroring permutes the
 columns' weights and costs nothing. The weights are those of torchvision's and PIL's antialiased filters: their support
-widens with the scale where a box shrinks.
+widens with the scale where a box shrinks. ADM's preprocessing (`adm`) is not of this kind and goes through PIL.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Interpolation = Literal["bilinear", "bicubic"]
+Filter = Literal["bilinear", "bicubic"]
+Interpolation = Literal[Filter, "adm"]
 TRIES = 10  # of torchvision's RandomResizedCrop, before it falls back to a central box
 BOX_DRAWS = 2 * TRIES + 2
 
@@ -50,7 +51,7 @@ def random_boxes(
     return Boxes(*(torch.where(found, x, c).long() for x, c in zip((top, left, h, w), central, strict=True)))
 
 
-def _filter(x: Tensor, interpolation: Interpolation) -> Tensor:
+def _filter(x: Tensor, interpolation: Filter) -> Tensor:
     x = x.abs()
     if interpolation == "bilinear":
         return (1 - x).clamp_(min=0)
@@ -59,7 +60,7 @@ def _filter(x: Tensor, interpolation: Interpolation) -> Tensor:
 
 
 def weights(
-    start: Tensor, length: Tensor, source: int, size: int, interpolation: Interpolation, flip: Tensor | None = None
+    start: Tensor, length: Tensor, source: int, size: int, interpolation: Filter, flip: Tensor | None = None
 ) -> Tensor:
     """What each of `size` resized pixels takes of `source` pixels of which `length` count from `start`.
 
@@ -87,7 +88,7 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def crop(
-    images: Tensor, boxes: Boxes, size: tuple[int, int], interpolation: Interpolation, flip: Tensor | None = None
+    images: Tensor, boxes: Boxes, size: tuple[int, int], interpolation: Filter, flip: Tensor | None = None
 ) -> Tensor:
     """The boxes of float images (B, C, h, w), resized to `size`: (B, C, H, W). Bicubic may leave the images' range."""
     rows = weights(boxes.top, boxes.height, images.shape[-2], size[0], interpolation)
@@ -109,7 +110,13 @@ def fitted(height: int, width: int, size: tuple[int, int], share: float) -> tupl
 def fit(
     images: Tensor, size: tuple[int, int], share: float, interpolation: Interpolation, flip: Tensor | None = None
 ) -> Tensor:
-    """Whole float images (B, C, h, w) resized as `fitted` says and cropped centrally to `size`: (B, C, H, W)."""
+    """Whole float images (B, C, h, w) resized as `fitted` says and cropped centrally to `size`: (B, C, H, W).
+
+    Where `adm` has to resize, it does so image by image on the CPU, of images rounded to uint8.
+    """
+    if interpolation == "adm":
+        images = _adm_batch(images, size)
+        return images if flip is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
     source = images.shape[-2:]
     resized = fitted(*source, size, share)
     if resized == tuple(source) and flip is None:
@@ -129,7 +136,7 @@ def _margins(resized: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
     return round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
 
 
-def crop_one(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int], how: Interpolation) -> Tensor:
+def crop_one(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int], how: Filter) -> Tensor:
     """The same crop of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resized_crop
@@ -139,8 +146,35 @@ def crop_one(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int
 
 def fit_one(image: Tensor, size: tuple[int, int], share: float, how: Interpolation) -> Tensor:
     """The same fit of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
+    if how == "adm":
+        return adm_crop(image, size[0])
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 
     resized = fitted(*image.shape[-2:], size, share)
     return center_crop(resize(image, list(resized), InterpolationMode(how), antialias=True), list(size))
+
+
+def adm_crop(image: Tensor, size: int) -> Tensor:
+    """The preprocessing of ADM (Dhariwal and Nichol 2021) and DiT, of one uint8 image (C, h, w): (C, size, size).
+
+    A box filter halves the sides while the short one is at least twice `size`, bicubic does the rest, and the centre
+    remains.
+    """
+    from PIL.Image import Resampling
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+    picture = to_pil_image(image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return pil_to_tensor(picture.crop((left, top, left + size, top + size)))
+
+
+def _adm_batch(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if images.shape[-2:] == size:
+        return images
+    levels = (images * 255).round().clamp(0, 255).byte().cpu()
+    return torch.stack([adm_crop(image, size[0]) for image in levels]).to(images) / 255

@@ -40,7 +40,7 @@ class ImageData(GlobalBatchData):
         std: likewise.
         eval_crop: share of the side that the central crop of an evaluation keeps: the image is first resized so that
             its short side is int(image_size / eval_crop).
-        eval_interpolation: of that resizing; antialiased.
+        eval_interpolation: of that resizing; antialiased. adm, as in Augment, needs an eval_crop of 1 and squares.
         max_unreadable: training images that may be unreadable and are replaced; more of them stop the run.
         images: a folder of images to predict, its subfolders included.
         **kwargs: see GlobalBatchData.
@@ -73,6 +73,12 @@ class ImageData(GlobalBatchData):
             raise InputError(f"data.std: {list(std)} must be positive")
         if not 0 < eval_crop <= 1:
             raise InputError(f"data.eval_crop: {eval_crop} is not a share in (0, 1]")
+        if eval_interpolation == "adm" and eval_crop != 1:
+            raise InputError(f"data.eval_interpolation: adm keeps the whole short side, but data.eval_crop is "
+                             f"{eval_crop}; set that to 1, or interpolate by bicubic")
+        if self.image_size[0] != self.image_size[1]:
+            self._refuse_adm("augment.interpolation", augment.interpolation)
+            self._refuse_adm("eval_interpolation", eval_interpolation)
         if max_unreadable < 0:
             raise InputError(f"data.max_unreadable: {max_unreadable} is negative; 0 allows none")
         if augment.needs_colour and self.channels != 3:
@@ -83,6 +89,11 @@ class ImageData(GlobalBatchData):
         if len(values) not in (1, self.channels):
             raise InputError(f"data.{name}: {len(values)} values for {self.channels} channel(s) of {self.source.name}")
         return tuple(values) * (self.channels // len(values))
+
+    def _refuse_adm(self, name: str, interpolation: Interpolation) -> None:
+        if interpolation == "adm":
+            raise InputError(f"data.{name}: adm makes squares, but data.image_size is {list(self.image_size)}; set "
+                             f"that to one number, or interpolate by bicubic")
 
     @cached_property
     def class_names(self) -> list[str]:

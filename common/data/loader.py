@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -162,7 +162,8 @@ class GlobalBatchData(L.LightningDataModule):
         done = loop.epoch_loop.batch_progress.current.ready % self._batches_per_epoch  # all of them: at an epoch's end
         return loop.epoch_progress.current.processed, done
 
-    def _loader(self, split: str, order: Sampler) -> DataLoader:
+    def loader(self, split: str, order: Iterable[list[Draw]]) -> DataLoader:
+        """Batches of these draws, in this order."""
         return DataLoader(
             self.sets[split],
             batch_sampler=order,
@@ -175,10 +176,10 @@ class GlobalBatchData(L.LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader:
         trainer = self.trainer
         order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, trainer.global_rank, trainer.world_size)
-        return self._loader(split, order)
+        return self.loader(split, order)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader("train", self._order())
+        return self.loader("train", self._order())
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation_loader("val")

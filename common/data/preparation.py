@@ -48,7 +48,7 @@ def _rand_augment(augment: Augment, size: tuple[int, int], mean: Sequence[float]
     given = {
         "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
         "translate_const": int(min(size) * 0.45),
-        "interpolation": str_to_pil_interp(augment.interpolation),
+        "interpolation": str_to_pil_interp("bicubic" if augment.interpolation == "adm" else augment.interpolation),
     }
     try:
         return rand_augment_transform(augment.rand_augment, given)

@@ -1,12 +1,14 @@
 """The recipe: what an image becomes depends on (seed, epoch, index) and on nothing else."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from common.data.augment import FLIP, GREY, JITTER, Augment
+from common.data.crop import adm_crop
 from common.data.loader import Draw
 from common.data.preparation import TrainingPreparation
 from common.data.throughput import MOCO_CIFAR, augmentation_throughput
@@ -58,9 +60,9 @@ def test_the_default_only_fits() -> None:
     torch.testing.assert_close(result, images / 255)
 
 
-@pytest.mark.parametrize("scale", [None, (0.1, 1.0)])
-def test_one_by_one_equals_the_batch_but_for_rounding(scale: tuple[float, float] | None) -> None:
-    recipe = Augment(crop_scale=scale, flip=0.5, interpolation="bicubic")
+@pytest.mark.parametrize("scale, interpolation", [(None, "bicubic"), ((0.1, 1.0), "bicubic"), (None, "adm")])
+def test_one_by_one_equals_the_batch_but_for_rounding(scale: tuple[float, float] | None, interpolation: str) -> None:
+    recipe = Augment(crop_scale=scale, flip=0.5, interpolation=interpolation)
     smooth = torch.nn.functional.interpolate(torch.rand(12, 3, 4, 4), size=(30, 24), mode="bilinear")
     images = (smooth * 255).round().byte()
     draws = recipe.draws(0, 2, torch.arange(12))
@@ -69,6 +71,20 @@ def test_one_by_one_equals_the_batch_but_for_rounding(scale: tuple[float, float]
         alone = TrainingPreparation(recipe, (16, 16), 0, (0.5,))(image, Draw(2, i, 0))
         assert alone.dtype == torch.uint8
         torch.testing.assert_close(alone / 255, together[i], atol=2 / 255, rtol=0)
+
+
+def test_training_by_adm_halves_then_flips() -> None:
+    image = torch.randint(256, (3, 130, 150), dtype=torch.uint8)
+    expected = adm_crop(image, 32)
+    plain, adm = (TrainingPreparation(Augment(flip=0.5, interpolation=how), (32, 32), 0, (0.5,))
+                  for how in ("bicubic", "adm"))  # fmt: skip
+    flips = []
+    for index in range(16):
+        result = adm(image, Draw(0, index, 0))
+        assert (result.int() - plain(image, Draw(0, index, 0)).int()).abs().max() > 8
+        flips.append(result.equal(expected.flip(-1)))
+        assert flips[-1] or result.equal(expected)
+    assert 0 < sum(flips) < 16
 
 
 def test_rand_augment_is_a_function_of_its_keys_and_leaves_the_generators_alone() -> None:
@@ -85,8 +101,9 @@ def test_rand_augment_is_a_function_of_its_keys_and_leaves_the_generators_alone(
         assert again(image, Draw(epoch, index, 99)).equal(result)
 
 
-def test_rand_augment_has_the_papers_operators_and_fill() -> None:
-    operator = TrainingPreparation(RAND, (32, 32), 0, (0.485, 0.456, 0.406)).rand_augment
+@pytest.mark.parametrize("recipe", [RAND, replace(RAND, crop_scale=None, interpolation="adm")], ids=["bicubic", "adm"])
+def test_rand_augment_has_the_papers_operators_and_fill(recipe: Augment) -> None:
+    operator = TrainingPreparation(recipe, (32, 32), 0, (0.485, 0.456, 0.406)).rand_augment
     names = {op.name for op in operator.ops}
     assert operator.num_layers == 2 and len(names) == 15
     assert {"PosterizeIncreasing", "SolarizeAdd", "TranslateXRel", "BrightnessIncreasing"} <= names
@@ -99,6 +116,7 @@ def test_rand_augment_has_the_papers_operators_and_fill() -> None:
 @pytest.mark.parametrize("wrong", [
     {"flip": 1.5}, {"crop_scale": (0.5, 0.1)}, {"crop_scale": (0.0, 1.0)}, {"crop_ratio": (-1.0, 1.0)},
     {"jitter": (0.4, 0.4, 0.4, 0.6)}, {"jitter": (-0.1, 0.0, 0.0, 0.0)}, {"grayscale": -1.0},
+    {"interpolation": "adm", "crop_scale": (0.3, 1.0)},
 ], ids=str)  # fmt: skip
 def test_a_wrong_value_is_named(wrong: dict) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):

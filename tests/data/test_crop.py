@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from common.data.crop import BOX_DRAWS, crop, fit, fit_one, fitted, random_boxes
+from common.data.crop import BOX_DRAWS, adm_crop, crop, fit, fit_one, fitted, random_boxes
 from common.randomness import uniform
 
 functional = v2.functional
@@ -80,3 +80,60 @@ def test_evaluation_equals_torchvision(interpolation: str, shape: tuple[int, int
 def test_an_image_of_the_final_size_is_left_alone() -> None:
     images = torch.rand(2, 1, 8, 8)
     assert fit(images, (8, 8), 1.0, "bicubic").equal(images)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape, size, halvings, resized, corner", [
+    ((700, 1000), 256, 1, (256, 366), (0, 55)),  # 350x500, whose long side becomes 365.7
+    ((1000, 700), 256, 1, (366, 256), (55, 0)),
+    ((512, 768), 64, 3, (64, 96), (0, 16)),  # the short side ends as the target: it was twice that before
+    ((508, 768), 64, 2, (64, 97), (0, 16)),  # 127 is less than twice 64
+    ((24, 31), 32, 0, (32, 41), (0, 4)),  # enlarged, to 41.3
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 3])
+def test_adm_equals_pooling_and_torchvision(
+    shape: tuple[int, int], size: int, halvings: int, resized: tuple[int, int], corner: tuple[int, int], channels: int
+) -> None:
+    image = noise(channels, *shape)
+    expected = image.float()
+    for kernel in [(1, 2), (2, 1)] * halvings:  # halves round up, in each of PIL's two passes
+        expected = (torch.nn.functional.avg_pool2d(expected, kernel) + 0.5).floor()
+    expected = functional.resize(expected.byte(), list(resized), InterpolationMode.BICUBIC, antialias=True)
+    expected = expected[:, corner[0] : corner[0] + size, corner[1] : corner[1] + size]
+    ours = fit_one(image, (size, size), 1.0, "adm")
+    assert ours.dtype == torch.uint8
+    torch.testing.assert_close(ours.int(), expected.int(), atol=1, rtol=0)
+
+
+def test_adm_rounds_the_margins_down() -> None:
+    wide = noise(3, 256, 259)  # margins of 1.5, which round() would make 2
+    assert adm_crop(wide, 256).equal(wide[:, :, 1:257])
+    assert adm_crop(wide.mT.contiguous(), 256).equal(wide.mT[:, 1:257])
+
+
+def test_adm_halves_blocks_exactly() -> None:
+    image = noise(3, 32, 35)
+    blocks = image.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert adm_crop(blocks, 32).equal(image[:, :, 1:33])
+
+
+def test_adm_halves_odd_sides_to_the_integer_below() -> None:
+    image = torch.tensor([0, 0, 10, 20, 60, 0, 0], dtype=torch.uint8).expand(1, 2, 7).contiguous()
+    assert adm_crop(image, 1).tolist() == [[[30]]]  # 7 columns become 3, the middle one of columns 2 to 4
+
+
+def test_adm_of_a_batch_is_that_of_each_image() -> None:
+    images = noise(3, 3, 70, 90)
+    each = torch.stack([adm_crop(image, 32) for image in images]) / 255
+    torch.testing.assert_close(fit(images / 255, (32, 32), 1.0, "adm"), each)
+    flipped = fit(images / 255, (32, 32), 1.0, "adm", torch.tensor([True, False, True]))
+    torch.testing.assert_close(flipped, torch.stack([each[0].flip(-1), each[1], each[2].flip(-1)]))
+
+
+def test_adm_leaves_a_batch_of_the_final_size_alone() -> None:
+    images = torch.rand(2, 1, 8, 8)
+    assert fit(images, (8, 8), 1.0, "adm").equal(images)
+    assert fit(images, (8, 8), 1.0, "adm", torch.tensor([False, True]))[1].equal(images[1].flip(-1))

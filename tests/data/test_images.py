@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 
 from common.data import Augment, Digits, ImageData, ImageFolder, Shapes
+from common.data.crop import adm_crop
+from common.data.folders import decode
 from common.data.loader import Draw
 from common.data.sets import FileSet
 from common.errors import InputError
@@ -96,6 +98,22 @@ def test_images_in_memory_are_resized_on_the_device() -> None:
     torch.testing.assert_close(batch["image"], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("source", ["files", "memory"])
+def test_adm_reaches_every_image(source: str, split: str, folder: Path) -> None:
+    images = ImageFolder(str(folder)) if source == "files" else Shapes(32, train=12)
+    arguments = {"source": images, "image_size": 12, "batch_size": 4, "mean": [0.0], "std": [1.0]}
+    adm, bicubic = (
+        loaded(attached(ImageData(**arguments, augment=Augment(interpolation=how), eval_interpolation=how),
+                        training=split == "train"), split, draws(0, 7))["image"]
+        for how in ("adm", "bicubic")
+    )  # fmt: skip
+    raw = images.read(Path(), split).images
+    expected = torch.stack([adm_crop(decode(raw[i], 3) if source == "files" else raw[i], 12) for i in (0, 7)]) / 255
+    torch.testing.assert_close(adm, expected, atol=1e-6, rtol=0)
+    assert (adm - bicubic).abs().max() > 8 / 255
+
+
 def test_prediction_names_the_files(folder: Path) -> None:
     data = attached(ImageData(Shapes(16), 16, 4, images=str(folder / "train")), predicting=True)
     data.sets["predict"] = data.load("predict")
@@ -151,6 +169,9 @@ def test_an_evaluation_refuses_an_unreadable_image(folder: Path) -> None:
     ({"eval_crop": 1.2}, "data.eval_crop"), ({"max_unreadable": -1}, "data.max_unreadable"),
     ({"augment": Augment(grayscale=0.2)}, "data.augment"), ({"augment": RAND}, "data.augment"),
     ({"batch_size": 0}, "data.batch_size"),
+    ({"eval_interpolation": "adm", "eval_crop": 0.875}, "data.eval_interpolation"),
+    ({"eval_interpolation": "adm", "image_size": (8, 16)}, "data.eval_interpolation"),
+    ({"augment": Augment(interpolation="adm"), "image_size": (8, 16)}, "data.augment.interpolation"),
 ], ids=str)  # fmt: skip
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], key: str) -> None:
     with pytest.raises(InputError, match=f"^{key}: "):
