@@ -14,7 +14,8 @@ COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_cli
                    "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
                "data.max_unreadable", "model.picture_epochs")
-PREDICTION = "model.predict."  # options of `predict` alone; a trained run answers to all of them
+# Options of what is done with a trained run, which answers to all of them.
+AFTERWARDS = ("model.predict.", "model.evaluation.")
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def covered(config: dict[str, Any]) -> dict[str, Any]:
     trainer = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
     return {key: value for key, value in flatten(config).items()
             if value is not None and (key.startswith(COVERED) or key in trainer)
-            and key not in NOT_COVERED and not key.startswith(PREDICTION)}
+            and key not in NOT_COVERED and not key.startswith(AFTERWARDS)}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -8,8 +8,6 @@ Shapes: B batch, C image channels, H x W pixels, z latent channels, h x w latent
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import InputError
+from diffusion.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -269,8 +268,4 @@ class Autoencoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of all that latents and images depend on: kind, configuration, weights, scale and shift."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self, self.config)

@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H x W latent pixels, P patch size, L tokens, D widt
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,10 @@ class DiT(nn.Module):
                              f"{self.input_size[0]}x{self.input_size[1]}, channels={self.channels}")
         if (y is None) != (self.classes == 0):
             raise InputError(f"a model of classes={self.classes} {'needs' if y is None else 'takes no'} labels")
+
+    def beyond_shapes(self) -> dict[str, Any]:
+        """What the function depends on and no parameter's shape tells."""
+        return {"grid": list(self.grid), "heads": self.heads}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one dimension that are exempt from weight decay."""

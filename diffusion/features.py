@@ -58,7 +58,7 @@ class Extractor(nn.Module, ABC):
 
     @property
     def tags(self) -> dict[str, str]:
-        keys = ["fd", "classifier_score", "precision", "recall"]
+        keys = ["fd", "classifier_score", "precision", "recall", "agreement"]
         return {key: f"{key}_{self.name}" for key in keys}
 
     @torch.no_grad()
@@ -110,16 +110,15 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow to import
 
         if not weights.is_file():
-            raise InputError(f"--weights: there is no file {weights}, and nothing is downloaded; fetch {INCEPTION_URL} "
-                             f"to that place, or name where it lies. Without it, --extractor RUN_FOLDER takes a "
-                             "trained classifier")
+            raise InputError(f"{weights}: there is no such file, and nothing is downloaded; fetch {INCEPTION_URL} to "
+                             "that place. Without it the run folder of a classifier can be named as the extractor")
         read(weights)  # refuses what is no dict of tensors, which torch-fidelity would unpickle
         try:
             self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--weights: {weights} does not hold Inception's weights as torch-fidelity publishes "
-                             f"them, {INCEPTION_URL} ({reason})") from error
+            raise InputError(f"{weights}: does not hold Inception's weights as torch-fidelity publishes them, "
+                             f"{INCEPTION_URL} ({reason})") from error
         self.sha256 = sha256(weights)
         if self.sha256 != INCEPTION_SHA256:
             warnings.warn(f"{weights} is not the published file (sha256 {INCEPTION_SHA256[:8]}...): FID and the others "
@@ -174,7 +173,7 @@ def load_classifier(folder: Path) -> Classifier:
     """
     file = folder / "config.yaml"
     if not file.is_file():
-        raise InputError(f"--extractor: {folder} is neither inception nor the run folder of a classifier")
+        raise InputError(f"extractor: {folder} is neither inception nor the run folder of a classifier")
     config = read_config(file)
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(Experiment, "model", subclass_mode=True)
@@ -183,18 +182,18 @@ def load_classifier(folder: Path) -> Classifier:
         built = parser.instantiate(parser.parse_object({key: config.get(key) for key in ("model", "data")}))
     except ArgumentError as error:
         reason = " ".join(str(error).split("    - ")[:2][-1].split())  # the first subtype's, of a Union
-        raise InputError(f"--extractor: {file} is not the config of an experiment ({reason})") from error
+        raise InputError(f"extractor: {file} is not the config of an experiment ({reason})") from error
     if not isinstance(built.data, ImageData) or not hasattr(built.model, "transform"):
-        raise InputError(f"--extractor: {folder} is a run of {type(built.model).__name__}, which is no classification "
+        raise InputError(f"extractor: {folder} is a run of {type(built.model).__name__}, which is no classification "
                          "of images")
     checkpoint = newest_readable(folder / "checkpoints")
     if checkpoint is None:
-        raise InputError(f"--extractor: {folder} holds no checkpoint; train the classifier first")
+        raise InputError(f"extractor: {folder} holds no checkpoint; train the classifier first")
     net = built.model.build(built.data)
     try:
         net.load_state_dict(state_dict_of(checkpoint))
     except RuntimeError as error:
-        raise InputError(f"--extractor: {checkpoint} does not fit the config of its run folder "
+        raise InputError(f"extractor: {checkpoint} does not fit the config of its run folder "
                          f"({' '.join(str(error).split())[:200]})") from error
     return Classifier(folder.resolve().name, built.model, net, built.data, sha256(checkpoint))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,55 +13,26 @@ from common.errors import InputError
 from common.randomness import normal, uniform
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe
+from common.training.run import write_atomically
 from diffusion.cost import activation_bytes, forward_flops
 from diffusion.dit import DiT
+from diffusion.evaluation import BY_INCEPTION, Evaluation, as_json, evaluate, load_extractor
+from diffusion.features import INCEPTION_FILE
+from diffusion.fingerprint import fingerprint
+from diffusion.image_sets import ROUNDING, Folder, Prepared, to_uint8
+from diffusion.initialisation import initialise_dit
 from diffusion.latent_data import LatentData
 from diffusion.pictures import grid
 from diffusion.process import GaussianDiffusion
-from diffusion.sampling import Sampler, SolverName, labels_of
+from diffusion.samples import PUBLISHED, SampleFolder, Sampling
+from diffusion.sampling import Sampler
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUARTERS = 4  # of the timesteps, whose losses are told apart
 SHOWN = 16  # samples of the logged picture
-
-
-@dataclass
-class Sampling:
-    """What `predict` and `test` generate; it does not tell runs apart.
-
-    Args:
-        samples: how many.
-        solver: ddpm, ddim or dpm++, see `diffusion.sampling.Sampler`.
-        steps: of the process.
-        guidance: 1 is none; the paper has 1.5 for its tables and 4 for its figure.
-        guidance_channels: the first channels that are guided.
-        seed: of noise and classes.
-        classes: that samples are drawn from; none takes all.
-    """
-
-    samples: int = 64
-    solver: SolverName = "ddpm"
-    steps: int = 250
-    guidance: float = 1.5
-    guidance_channels: int = 3
-    seed: int = 0
-    classes: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise InputError(f"model.predict.samples: {self.samples} is not a positive number of samples")
-
-    @property
-    def name(self) -> str:
-        """A folder's, for samples that differ in nothing but their number."""
-        guided = f"-g{self.guidance:g}" + (f"-c{self.guidance_channels}" if self.guidance_channels != 3 else "")
-        classes = "-classes" + "_".join(map(str, self.classes)) if self.classes else ""
-        return f"{self.solver}{self.steps}{guided}{classes}-s{self.seed}"
-
-
-PUBLISHED = Sampling()
+GRID = 64  # samples of the picture beside a folder of them
 
 
 class Generation(Experiment):
@@ -78,6 +48,7 @@ class Generation(Experiment):
         picture_epochs: log a picture of samples every this many epochs, and after the last; 0 logs none.
         picture_steps: of DDIM, for that picture.
         predict: what `predict` and `test` generate.
+        evaluation: how `test` judges it.
         dit: the model's options, see `diffusion.DiT`.
     """
 
@@ -85,6 +56,7 @@ class Generation(Experiment):
     headline = "loss"
     higher_is_better = False
     picture = "samples"
+    judged = "samples"
 
     def __init__(
         self,
@@ -93,10 +65,11 @@ class Generation(Experiment):
         picture_epochs: int = 10,
         picture_steps: int = 50,
         predict: Sampling = PUBLISHED,
+        evaluation: Evaluation = BY_INCEPTION,
         **dit: Any,
     ) -> None:
         super().__init__(optim, picture_epochs)
-        self.conditional, self.predict = conditional, predict
+        self.conditional, self.predict, self.evaluation = conditional, predict, evaluation
         self.picture_steps = picture_steps
         self.dit = dit
         self.process = GaussianDiffusion()
@@ -104,6 +77,9 @@ class Generation(Experiment):
     def build(self, data: LatentData) -> DiT:
         classes = data.classes if self.conditional else 0
         return DiT(input_size=data.input_size, channels=data.input_channels, classes=classes, **self.dit)
+
+    def initialise(self, net: DiT, source: str) -> dict[str, Any]:
+        return initialise_dit(net, source)
 
     def cost(self, net: DiT) -> Cost:
         flops = forward_flops(net)
@@ -164,10 +140,10 @@ class Generation(Experiment):
         return grid(images, self.names_of(labels), f"{title}: DDIM, {self.picture_steps} steps, guidance {guidance:g}")
 
     def generate(self, sampler: Sampler, net: DiT, numbers: Tensor, labels: Tensor | None) -> Tensor:
-        """Images (B, C, H, W) uint8, with DiT's rounding (RECIPES 3.3)."""
+        """Images (B, C, H, W) uint8."""
         with self.trainer.precision_plugin.forward_context():  # Lightning opens it for its own steps alone
             images = self.trainer.datamodule.decode(sampler(net, numbers, labels))
-        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+        return to_uint8(images.float())
 
     def names_of(self, labels: Tensor | None) -> list[str]:
         names = self.trainer.datamodule.class_names
@@ -175,40 +151,91 @@ class Generation(Experiment):
 
     # Prediction: a PNG for each sample, and a picture of the first
 
+    def on_predict_start(self) -> None:
+        self._open_folder()
+
     def predict_step(self, batch: dict[str, Any], _: int) -> None:
-        from PIL import Image
+        self._sample(batch["number"])
 
-        _, net = next(self.evaluated("predict"))
-        chosen = self.predict
-        sampler = Sampler(self.process, chosen.solver, chosen.steps, chosen.guidance if net.classes else 1.0,
-                          chosen.guidance_channels, chosen.seed)  # fmt: skip
-        numbers = batch["number"]
-        images = self.generate(sampler, net, numbers, self.labels_of(net, numbers)).cpu().permute(0, 2, 3, 1).numpy()
-        self.samples_folder.mkdir(parents=True, exist_ok=True)
-        for number, image in zip(numbers.tolist(), images, strict=True):
-            path = self.samples_folder / f"{number:06d}.png"
-            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            picture.save(path.with_suffix(".tmp"), format="PNG")
-            path.with_suffix(".tmp").replace(path)  # a sample is whole, or not there
+    def on_predict_epoch_end(self) -> None:
+        self._close_folder()
 
-    def labels_of(self, net: DiT, numbers: Tensor) -> Tensor | None:
-        if not net.classes:
-            return None
-        classes = self.predict.classes or list(range(net.classes))
-        if not all(0 <= label < net.classes for label in classes):
-            raise InputError(f"model.predict.classes: {classes} are not all among the {net.classes} classes, counted "
-                             "from 0")
-        return labels_of(numbers, classes, self.predict.seed)
+    def _open_folder(self) -> None:
+        tag, net = next(self.evaluated("test"))
+        data, chosen = self.trainer.datamodule, self.predict
+        steps = f"step{self.trained_steps}-" if self.trained_steps else ""
+        self.folder = SampleFolder(Path(self.trainer.default_root_dir) / "samples" / f"{steps}{chosen.name}")
+        self.sampler = Sampler(self.process, chosen.solver, chosen.steps, chosen.guidance if net.classes else 1.0,
+                               chosen.guidance_channels, chosen.seed)  # fmt: skip
+        self.labels = chosen.labels(net.classes)
+        self.folder.open({
+            "samples": chosen.samples,
+            "weights": "raw" if self.average is None else "ema",
+            "weights_sha256": fingerprint(net, net.beyond_shapes()),
+            "trained_steps": self.trained_steps,
+            "autoencoder": data.autoencoder_source,
+            "autoencoder_sha256": data.fingerprint,
+            **self.sampler.record(),
+            "classes": chosen.classes or net.classes,
+            "precision": str(self.trainer.precision),
+            "rounding": ROUNDING,
+        }, self.labels)  # fmt: skip
 
-    def on_predict_end(self) -> None:
-        print(f"{self.predict.samples - len(self.missing_samples())} of {self.predict.samples} samples -> "
-              f"{self.samples_folder}")
+    def _sample(self, numbers: Tensor) -> None:
+        """Generates those of the samples that are not there yet."""
+        numbers = self.folder.missing(numbers)
+        if len(numbers):
+            _, net = next(self.evaluated("test"))
+            labels = None if self.labels is None else self.labels.to(numbers.device)[numbers]
+            self.folder.write(numbers, self.generate(self.sampler, net, numbers, labels))
 
-    @property
-    def samples_folder(self) -> Path:
-        return Path(self.trainer.default_root_dir) / "samples" / self.predict.name
+    def _close_folder(self) -> None:
+        self.trainer.strategy.barrier()  # until every rank's samples are there
+        if not self.trainer.is_global_zero:
+            return
+        folder, samples, channels = self.folder, self.predict.samples, self.trainer.datamodule.channels
+        names = self.names_of(None if self.labels is None else self.labels[:GRID])
+        grid(folder.read(0, min(samples, GRID), channels), names, folder.path.name).savefig(folder.beside(".png"))
+        print(f"{samples:,} samples -> {folder.path}, the first of them in {folder.beside('.png').name}")
+        if self.predict.npz:
+            folder.pack(samples, channels, self.labels)
+            print(f"packed: {folder.beside('.npz')}")
 
-    def missing_samples(self) -> list[int]:
-        """Numbers of the samples that are not there yet: a sample is a function of its number."""
-        there = {path.stem for path in self.samples_folder.glob("*.png")}
-        return [number for number in range(self.predict.samples) if f"{number:06d}" not in there]
+    # Test: the same samples, judged
+
+    def on_test_epoch_start(self) -> None:
+        inception = self.trainer.datamodule.root / INCEPTION_FILE
+        self.extractor = [load_extractor(self.evaluation.extractor, inception)]  # in a list: no part of me
+        self._open_folder()
+
+    def test_step(self, batch: dict[str, Any], _: int) -> None:
+        self._sample(batch["number"])
+
+    def on_test_epoch_end(self) -> None:
+        self._close_folder()
+        trainer, data = self.trainer, self.trainer.datamodule
+        [extractor] = self.extractor
+        samples = Folder(self.folder.path, extractor.channels, self.predict.samples)
+        reference = Path(self.evaluation.reference) if self.evaluation.reference else Prepared(data)
+        metrics = [key for key in extractor.tags if key != "agreement" or samples.labels() is not None]
+        values, self.record = evaluate(
+            samples, reference, extractor.to(self.device), metrics, data.eval_batch_size,
+            self.evaluation.allow_few_samples, self.device, trainer.global_rank, trainer.world_size,
+        )  # fmt: skip
+        values = {f"test/{tag}": value for tag, value in values.items()}
+        self.log_dict({"step": float(self.trained_steps), **values})
+        if trainer.is_global_zero:
+            write_atomically(self.folder.beside(".json"), as_json(values, self.record))
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["autoencoder_sha256"] = self.trainer.datamodule.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        data = self.trainer.datamodule
+        if checkpoint.get("autoencoder_sha256", data.fingerprint) != data.fingerprint:
+            raise InputError(f"data.autoencoder: {data.autoencoder_source} is not the autoencoder that this run was "
+                             "trained with, or has been trained anew since; its latents mean something else")

@@ -1,8 +1,9 @@
-"""Sets of images as files: folders, and the .npz files of ADM's evaluator, read and written in batches."""
+"""Sets of images, in batches: folders, the .npz files of ADM's evaluator, and a data set as a model sees it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 import zipfile
@@ -11,17 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from common.data import ImageData
 from common.data.folders import SUFFIXES, decode, is_image
+from common.data.preparation import EvaluationPreparation
 from common.errors import InputError
 from diffusion.features import sha256
 from diffusion.metrics import Statistics
 
+RECORD = "record.json"
 ROUNDING = "127.5 x + 128, clamped to 0-255, truncated"
 # What the readers of zip files and arrays meet in a damaged file.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError, OSError)
@@ -36,29 +41,50 @@ class ImageSet(ABC):
     """Images of one size.
 
     Attributes:
+        name: for messages and records.
         images: how many.
         size: (H, W) in pixels.
     """
 
-    path: Path
+    name: str
     images: int
     size: tuple[int, int]
 
     @abstractmethod
-    def batches(self, images: int) -> Iterator[Tensor]:
-        """All images in their order, uint8 (`images` or fewer, C, H, W)."""
+    def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """A rank's share of the images in their order: places in the set, and uint8 (`images` or fewer, C, H, W)."""
+
+    def places(self, images: int, rank: int, ranks: int) -> Iterator[slice]:
+        """The places of a rank's batches, each of `images` or fewer."""
+        for start in range(rank * images, self.images, ranks * images):
+            yield slice(start, min(start + images, self.images))
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 of what the set is made of."""
+
+    def labels(self) -> Tensor | None:
+        """The classes (N,) that generated images were asked for, where that is known."""
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """How the images were generated, as far as that is known."""
+        return {}
 
 
 class Folder(ImageSet):
     """The images in a folder and its subfolders, in the order of their paths.
 
+    The record.json that sampling leaves among its images holds their classes and how they came about.
+
     Args:
         channels: 3 turns grey into RGB, 1 the other way round.
+        first: take so many of them; all where it is left out.
     """
 
-    def __init__(self, path: Path, channels: int) -> None:
-        self.path, self.channels = path, channels
-        self.files = _image_files(path)
+    def __init__(self, path: Path, channels: int, first: int | None = None) -> None:
+        self.path, self.name, self.channels = path, str(path), channels
+        self.files = _image_files(path)[:first]
         self.images = len(self.files)
         self.size = _size(self.files[0])
         for file in self.files:  # before the first of them is worked on; 50,000 headers are read in seconds
@@ -66,9 +92,21 @@ class Folder(ImageSet):
                 raise InputError(f"{file}: {pixels(_size(file))} pixels, where {self.files[0]} has {pixels(self.size)};"
                                  " bring all images to one size first: how it is done changes the metrics")
 
-    def batches(self, images: int) -> Iterator[Tensor]:
-        for start in range(0, self.images, images):
-            yield torch.stack([decode(str(file), self.channels) for file in self.files[start : start + images]])
+    def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        for place in self.places(images, rank, ranks):
+            yield place, torch.stack([decode(str(file), self.channels) for file in self.files[place]])
+
+    def digest(self) -> str:
+        """That of the lines which `sha256sum` prints of the images, sorted by path."""
+        lines = (f"{sha256(file)}  {file.relative_to(self.path).as_posix()}\n" for file in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def labels(self) -> Tensor | None:
+        labels = read_record(self.path).get("labels")
+        return torch.tensor([labels[int(file.stem)] for file in self.files]) if labels else None  # named by number
+
+    def record(self) -> dict[str, Any]:
+        return {key: value for key, value in read_record(self.path).items() if key != "labels"}
 
 
 class Archive(ImageSet):
@@ -81,7 +119,7 @@ class Archive(ImageSet):
     """
 
     def __init__(self, path: Path, channels: int) -> None:
-        self.path = path
+        self.path, self.name = path, str(path)
         if "arr_0" not in keys(path):
             raise InputError(f"{path}: holds no arr_0, the images, but {', '.join(sorted(keys(path))) or 'nothing'}")
         with _reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
@@ -94,15 +132,61 @@ class Archive(ImageSet):
             raise InputError(f"{path}: arr_0 is in Fortran's order; save numpy.ascontiguousarray(images)")
         self.images, self.size = self.shape[0], self.shape[1:3]
 
-    def batches(self, images: int) -> Iterator[Tensor]:
+    def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
         with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _header(file)
-            for start in range(0, self.images, images):
-                shape = (min(images, self.images - start), *self.shape[1:])
+            begin, image_bytes = file.tell(), int(np.prod(self.shape[1:]))
+            for place in self.places(images, rank, ranks):
+                shape = (place.stop - place.start, *self.shape[1:])
+                file.seek(begin + place.start * image_bytes)
                 content = bytearray(file.read(int(np.prod(shape))))
                 if len(content) < np.prod(shape):
                     raise EOFError
-                yield torch.frombuffer(content, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
+                yield place, torch.frombuffer(content, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
+
+    def digest(self) -> str:
+        return sha256(self.path)
+
+    def labels(self) -> Tensor | None:
+        if "arr_1" not in keys(self.path):
+            return None
+        with _reading(self.path), np.load(self.path) as archive:
+            labels = archive["arr_1"]
+        if labels.shape != (self.images,) or labels.dtype.kind not in "iu":
+            raise InputError(f"{self.path}: arr_1 is {labels.dtype} of shape {labels.shape}; right is a whole number, "
+                             f"the class, for each of the {self.images} images")
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def record(self) -> dict[str, Any]:
+        return {key: value for key, value in read_record(self.path.with_suffix("")).items() if key != "labels"}
+
+
+class Prepared(ImageSet):
+    """The training images of a data set as an evaluation prepares them: what a generative model should come close to.
+
+    Args:
+        data: whose source is read; it decides on size, crop and interpolation.
+    """
+
+    def __init__(self, data: ImageData) -> None:
+        self.name, self.size, self.channels = f"training images of {data.dataset}", data.image_size, data.channels
+        self.pictures = data.source.read(data.root, "train").images
+        self.images = len(self.pictures)
+        self._prepare = EvaluationPreparation(data.image_size, data.eval_crop, data.eval_interpolation)
+
+    def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        for place in self.places(images, rank, ranks):
+            yield place, torch.stack([self._prepare(self._decoded(picture), None) for picture in self.pictures[place]])
+
+    def _decoded(self, picture: Tensor | str) -> Tensor:
+        return picture if isinstance(picture, Tensor) else decode(picture, self.channels)
+
+    def digest(self) -> str:
+        """That of all pixels, which costs one more pass over the images."""
+        digest = hashlib.sha256()
+        for _, images in self.batches(256):
+            digest.update(images.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def open_images(path: Path, channels: int) -> ImageSet:
@@ -112,6 +196,20 @@ def open_images(path: Path, channels: int) -> ImageSet:
         InputError: neither of them, damaged, or holding other than images of one size with `channels` channels.
     """
     return Folder(path, channels) if path.is_dir() else Archive(path, channels)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What sampling wrote beside its images; {} where it did not. InputError: a damaged file."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); remove the folder and sample again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no record of samples; remove the folder and sample again")
+    return content
 
 
 def keys(path: Path) -> set[str]:
@@ -167,14 +265,6 @@ def write_npz(path: Path, images: int, batches: Iterable[Tensor], labels: Tensor
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the lines that `sha256sum` prints of its images, sorted by path."""
-    if path.is_file():
-        return sha256(path)
-    lines = (f"{sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _image_files(path))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def pixels(size: tuple[int, ...]) -> str:

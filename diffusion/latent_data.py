@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,18 +29,32 @@ class LatentData(ImageData):
         autoencoder: a run folder of an autoencoder's training, or a published autoencoder; none trains on pixels.
         latents: a folder that `python -m diffusion.latents` wrote, read in place of the images in training and
             validation; none encodes images as they come.
+        assumed_classes: how many there are, where the images are not at hand: to sample from published weights.
         **kwargs: see ImageData; images are mapped to [-1, 1].
     """
 
-    def __init__(self, *args: Any, autoencoder: str | None = None, latents: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        autoencoder: str | None = None,
+        latents: str | None = None,
+        assumed_classes: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if set(self.mean) != {0.5} or set(self.std) != {0.5}:
             raise InputError(f"data.mean, data.std: {list(self.mean)} and {list(self.std)}; diffusion takes images in "
                              "[-1, 1], so leave both at 0.5")
         if latents and not autoencoder:
             raise InputError("data.latents: needs data.autoencoder too, which turns samples into images")
-        self.autoencoder_source, self.latents = autoencoder, latents
+        if assumed_classes is not None and assumed_classes < 1:
+            raise InputError(f"data.assumed_classes: {assumed_classes} is not a positive number of classes")
+        self.autoencoder_source, self.latents, self.assumed_classes = autoencoder, latents, assumed_classes
         self.autoencoder: Autoencoder | None = None
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        return [str(number) for number in range(self.assumed_classes)] if self.assumed_classes else super().class_names
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -52,6 +68,10 @@ class LatentData(ImageData):
 
     def load_autoencoder(self) -> Autoencoder | None:
         if self.autoencoder_source and self.autoencoder is None:
+            if not Path(self.autoencoder_source).exists():
+                raise InputError(f"data.autoencoder: there is no run folder or file {self.autoencoder_source}; train "
+                                 "one (diffusion/configs/autoencoder_*.yaml), name a published one (python -m "
+                                 "common.weights lists them), or train on pixels: --data.autoencoder null")
             self.autoencoder = load_autoencoder(self.autoencoder_source).requires_grad_(False).eval()
             if self.autoencoder.config["image_channels"] != self.channels:
                 raise InputError(f"data.autoencoder: {self.autoencoder_source} is for images of "
@@ -63,20 +83,25 @@ class LatentData(ImageData):
                                      "of a latent cell")
         return self.autoencoder
 
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """The autoencoder's, which a model belongs to that was trained on its latents."""
+        return self.autoencoder and self.autoencoder.fingerprint()
+
     def setup(self, stage: str) -> None:
         self.load_autoencoder()
         super().setup(stage)
 
     def load(self, split: str) -> Dataset:
-        if split == "predict":
-            return SampleNumbers(self.trainer.lightning_module.missing_samples())
+        if split in ("predict", "test"):
+            return SampleNumbers(self.trainer.lightning_module.predict.samples)
         if self.latents and split in SPLITS:
             augment = self.augment if split == "train" else None
-            return LatentSet(self.latents, split, self.autoencoder.fingerprint(), augment, self.trainer.seed)
+            return LatentSet(self.latents, split, self.fingerprint, augment, self.trainer.seed)
         return super().load(split)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        if self.trainer.predicting:
+        if "number" in batch:
             return batch
         if "moments" in batch:
             moments = batch.pop("moments")
@@ -105,13 +130,13 @@ class LatentData(ImageData):
 
 
 class SampleNumbers(Dataset):
-    """Numbers of the samples that are to be generated."""
+    """The numbers of the samples that are to be there: what `predict` and `test` go through in place of images."""
 
-    def __init__(self, numbers: list[int]) -> None:
-        self.numbers = torch.tensor(numbers)
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return self.samples
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        return {"number": self.numbers[[draw.index for draw in draws]]}
+        return {"number": torch.tensor([draw.index for draw in draws])}

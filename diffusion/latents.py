@@ -65,18 +65,20 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
         raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; name another folder")
     write_atomically(started, json.dumps(index))
     begun = time.perf_counter()
-    for number, path in enumerate(shard_files(folder / split, len(images), SHARD)):
-        if path.is_file():
-            continue
+    shards = {path: torch.arange(len(images))[number * SHARD :][:SHARD].split(data.eval_batch_size)
+              for number, path in enumerate(shard_files(folder / split, len(images), SHARD)) if not path.is_file()}
+    # One loader for all that is missing: its processes decode while the device encodes.
+    order = [[Draw(0, index, 0) for index in some.tolist()] for shard in shards.values() for some in shard]
+    batches = iter(data.loader(split, order))
+    for path, shard in shards.items():
         rows = []
-        for some in torch.arange(number * SHARD, min((number + 1) * SHARD, len(images))).split(data.eval_batch_size):
-            batch = images.__getitems__([Draw(0, i, 0) for i in some.tolist()])
-            batch = {name: value.to(device) for name, value in batch.items()}
+        for _ in shard:
+            batch = {name: value.to(device) for name, value in next(batches).items()}
             pixels = ImageData.on_after_batch_transfer(data, batch, 0)["image"]
             views = [pixels, pixels.flip(-1)] if flips else [pixels]
             rows.append(torch.stack([autoencoder.moments(view) for view in views], dim=1).cpu())
         _save(path, torch.cat(rows).numpy())
-        done = min((number + 1) * SHARD, len(images))
+        done = int(shard[-1][-1]) + 1
         print(f"{split}: {done:,} of {len(images):,} images, {time.perf_counter() - begun:.0f} s", flush=True)
     _save(folder / split / "labels.npy", images.labels.numpy())
     write_atomically(folder / split / "index.json", json.dumps(index))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 
 from common.errors import InputError
 from diffusion.features import Extracted, Extractor
@@ -45,7 +46,8 @@ def refuse_few(images: int, features: int, whose: str) -> None:
     """InputError where the covariance of so many features is singular, and their Fréchet distance far too large."""
     if images <= features:
         raise InputError(f"{whose}: {images:,} images for {features:,} features, whose covariance is then singular; "
-                         f"give at least {features + 1:,}, or take the number as it is with --allow-few-samples")
+                         f"give at least {features + 1:,}, or take the number as it is with --allow-few-samples "
+                         "(where `test` measures: --model.evaluation.allow_few_samples true)")
 
 
 def precision_recall(samples: Tensor, references: Tensor, block: int = 2000) -> tuple[float, float]:
@@ -126,6 +128,30 @@ class FeatureSums(Metric):
         return Statistics(mean, covariance)
 
 
+class ReconstructionDistance(Metric):
+    """The Fréchet distance of reconstructions from the images themselves, by an extractor's features: rFID.
+
+    Args:
+        extractor: whose features are compared.
+    """
+
+    full_state_update = False
+
+    def __init__(self, extractor: Extractor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extractor = [extractor]  # in a list: no part of the metric, whose `to` it would follow
+        self.made, self.truth = FeatureSums(extractor.features), FeatureSums(extractor.features)
+
+    def update(self, made: Tensor, truth: Tensor) -> None:
+        """Reconstructions and images, uint8 (B, C, H, W)."""
+        extractor = self.extractor[0].to(made.device)
+        for sums, images in [(self.made, made), (self.truth, truth)]:
+            sums.update(extractor(images.expand(-1, extractor.channels, -1, -1)).pooled)
+
+    def compute(self) -> Tensor:
+        return torch.tensor(frechet_distance(self.made.compute(), self.truth.compute()))
+
+
 class InceptionScore(Metric):
     """exp of the mean KL divergence of images' class probabilities from their split's mean (Salimans et al. 2016).
 
@@ -202,11 +228,15 @@ class Measurement(nn.Module):
             self.parts["classifier_score"] = InceptionScore(images, extractor.classes)
         if "precision" in metrics or "recall" in metrics:
             self.parts["rows"] = FeatureRows()
+        if "agreement" in metrics:
+            self.parts["agreement"] = MulticlassAccuracy(extractor.classes, average="micro")
 
-    def update(self, extracted: Extracted, index: Tensor) -> None:
-        """What was extracted of the images at `index` (B,) of the set."""
+    def update(self, extracted: Extracted, index: Tensor, labels: Tensor | None = None) -> None:
+        """What was extracted of the images at `index` (B,) of the set; `agreement` needs the classes (B,) that they
+        were asked to be.
+        """
         inputs = {"fd": (extracted.pooled,), "sfd": (extracted.spatial,), "rows": (extracted.pooled,),
-                  "classifier_score": (extracted.logits, index)}
+                  "classifier_score": (extracted.logits, index), "agreement": (extracted.logits, labels)}
         for name, part in self.parts.items():
             part.update(*inputs[name])
 
@@ -222,4 +252,6 @@ def scores(samples: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
         values["classifier_score"], values["classifier_score_std"] = samples["classifier_score"]
     if "rows" in samples:
         values["precision"], values["recall"] = precision_recall(samples["rows"], reference["rows"])
+    if "agreement" in samples:
+        values["agreement"] = 100 * float(samples["agreement"])
     return values

@@ -60,7 +60,14 @@ def load_autoencoder(source: str | Path, **options: Any) -> Autoencoder:
         InputError: a file that is missing or cannot be read, a config that the Autoencoder cannot express, or weights
             that do not fit one by one: unknown, missing or of another shape.
     """
-    source = Path(source)
+    net = _loaded(Path(source), options)
+    if net.scale == 1 and not net.shift.any():
+        rank_zero_warn(f"{source}: the scale of its latents has not been measured, which the last epoch of a training "
+                       "does, and python -m diffusion.measure; they are taken as they are")
+    return net
+
+
+def _loaded(source: Path, options: dict[str, Any]) -> Autoencoder:
     if (source / "checkpoints").is_dir():
         checkpoint = newest_readable(source / "checkpoints")
         if checkpoint is None:
@@ -82,9 +89,6 @@ def _of_run(checkpoint: Path, options: dict[str, Any]) -> Autoencoder:
         raise InputError(f"{checkpoint}: holds no autoencoder; name a run that trained one")
     net = Autoencoder(**{**config, **options})
     net.load_state_dict(state_dict_of(checkpoint))
-    if net.scale == 1 and not net.shift.any():
-        rank_zero_warn(f"{checkpoint}: the scale of its latents has not been measured, which the last epoch of a "
-                       "training does; they are taken as they are")
     return net
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from common.randomness import normal, uniform
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
@@ -37,10 +36,14 @@ class Sampler:
         guidance_channels: int = 3,
         seed: int = 0,
     ) -> None:
-        if guidance < 1:
-            raise InputError(f"model.predict.guidance: {guidance} is below 1, which is no guidance")
         self.process, self.solver, self.steps = process, solver, steps
         self.guidance, self.guidance_channels, self.seed = guidance, guidance_channels, seed
+
+    def record(self) -> dict[str, Any]:
+        """What samples depend on beside the net."""
+        spacing = "respaced as by ADM" if self.solver == "ddpm" else "linspace"
+        return {"solver": self.solver, "steps": self.steps, "spacing": spacing, "guidance": self.guidance,
+                "guidance_channels": self.guidance_channels, "seed": self.seed}  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, net: DiT, numbers: Tensor, labels: Tensor | None) -> Tensor:

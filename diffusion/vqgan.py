@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,24 +14,25 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from common.data import ImageData
-from common.data.loader import Draw
 from common.errors import InputError
-from common.randomness import normal, permutation, seeded
+from common.randomness import normal, seeded
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe, adamw, lr_schedule, parameter_groups
 from diffusion.autoencoder import Autoencoder
 from diffusion.codebook import COLLAPSED, CodebookUsage, add_counts, usage
 from diffusion.discriminator import PatchDiscriminator
+from diffusion.evaluation import UNJUDGED, Reconstruction
+from diffusion.initialisation import initialise_autoencoder
+from diffusion.measure import training_images
+from diffusion.metrics import ReconstructionDistance
 from diffusion.objective import Adversary, Objective, Players, StepCost, step_cost
 from diffusion.perceptual import LPIPS, SMALLEST, vgg16_file
 from diffusion.pictures import grid
-from diffusion.published import load_autoencoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 8  # images of the logged picture
-MEASURED = 2048  # training images that scale and shift of the latents are measured on
 SSIM_WINDOW = 11  # pixels a side
 
 PUBLISHED = Adversary()
@@ -44,7 +44,8 @@ class AutoencoderTraining(Experiment):
     `train/loss` is the sum that is minimised, the discriminator's part included; its terms are curves of their own.
     Metrics: `loss`, which is `l1` and the weighed `perceptual` distance; `psnr` and `ssim` of images in [0, 1], means
     over images; `codebook_usage` and `codebook_perplexity` (VQ) over the whole validation, in training over a whole
-    epoch; `kl` in nats of an image (KL). `ssim` needs images of 11x11 pixels.
+    epoch; `kl` in nats of an image (KL). `ssim` needs images of 11x11 pixels. With an extractor `test` has `rfid` too,
+    the Fréchet distance of reconstructions from the images (`rfd_NAME` where it is not Inception).
 
     The last epoch ends with measuring scale and shift of the latents on training images, as the training sees them:
     they are stored with the weights. Earlier checkpoints hold 1 and 0.
@@ -57,6 +58,7 @@ class AutoencoderTraining(Experiment):
         kl_weight: of KL.
         adversary: the discriminator and its timing.
         picture_epochs: log a picture of reconstructions every this many epochs, and after the last; 0 logs none.
+        evaluation: what `test` measures besides.
         autoencoder: the model's options, see `diffusion.autoencoder.Autoencoder`.
     """
 
@@ -74,6 +76,7 @@ class AutoencoderTraining(Experiment):
         kl_weight: float = 1e-6,
         adversary: Adversary = PUBLISHED,
         picture_epochs: int = 10,
+        evaluation: Reconstruction = UNJUDGED,
         **autoencoder: Any,
     ) -> None:
         super().__init__(optim, picture_epochs)
@@ -83,6 +86,7 @@ class AutoencoderTraining(Experiment):
         self.lpips = perceptual == "lpips"
         self.objective = Objective(adversary, perceptual_weight, codebook_weight, kl_weight)
         self.whole_batch = adversary.weight > 0  # the adaptive weight is no mean over images, nor is batch norm
+        self.evaluation = evaluation
         self.autoencoder = autoencoder
         self.discriminator: PatchDiscriminator | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the data that `build` was given
@@ -110,14 +114,14 @@ class AutoencoderTraining(Experiment):
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        data = self.trainer.datamodule
-        with torch.device("cpu"), seeded("init", self.trainer.seed):
-            self.net = self.build(data)
+        super().configure_model()
+        with torch.device("cpu"), seeded("discriminator", self.trainer.seed):
             self.discriminator = self._adversary(self.net)
-        if self.init_from:
-            self.initialised = initialise(self.net, self.init_from)
         if self.net.kind == "vq":  # of the epoch so far, on all ranks; a checkpoint within an epoch holds them
             self.register_buffer("code_counts", torch.zeros(self.net.config["codebook_size"], dtype=torch.int64))
+
+    def initialise(self, net: Autoencoder, source: str) -> dict[str, Any]:
+        return initialise_autoencoder(net, net.config, source)
 
     @cached_property
     def perceptual(self) -> LPIPS | None:
@@ -205,7 +209,7 @@ class AutoencoderTraining(Experiment):
         if self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             # Before the last checkpoint, which is written after this. Every rank measures the same images.
             for _, net in self.evaluated("train"):
-                net.measure(net.moments(images) for images in self._some_training_images())
+                net.measure(net.moments(images) for images in training_images(self.trainer.datamodule, self.device))
 
     def _report_codebook(self) -> None:
         measured = {name: value.item() for name, value in usage(self.code_counts).items()}
@@ -219,15 +223,6 @@ class AutoencoderTraining(Experiment):
             rank_zero_warn(f"the codebook collapses: epoch {self.trainer.current_epoch + 1} used {share:.1%} of its "
                            f"{len(self.code_counts)} codes, fewer than {COLLAPSED:.0%}. Try a smaller "
                            "model.codebook_size, a lower model.optim.lr, or a later model.adversary.start")
-
-    def _some_training_images(self) -> Iterator[Tensor]:
-        """The same 2,048 at most at every call, augmented as in the first epoch."""
-        data = self.trainer.datamodule
-        chosen = permutation("latents", self.trainer.seed, n=len(data.sets["train"]))[:MEASURED]
-        for indices in chosen.split(data.eval_batch_size):
-            batch = data.sets["train"].__getitems__([Draw(0, index, 0) for index in indices.tolist()])
-            batch = data.transfer_batch_to_device(batch, self.device, 0)
-            yield data.on_after_batch_transfer(batch, 0)["image"]
 
     # Evaluation
 
@@ -245,6 +240,12 @@ class AutoencoderTraining(Experiment):
             scores["kl"] = MeanMetric()
         return MetricCollection(scores, compute_groups=False)
 
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        for scores in self.scores.values():
+            scores.add_metrics(self.evaluation.distance(self.trainer.datamodule))
+            scores.to(self.device)
+
     def evaluate(self, net: Autoencoder, batch: dict[str, Tensor], scores: MetricCollection) -> None:
         images = batch["image"].float()
         out = net(images)
@@ -259,6 +260,9 @@ class AutoencoderTraining(Experiment):
             scores["kl"].update(out.kl)
         else:
             scores["codebook"].update(out.indices)
+        for score in scores.values():
+            if isinstance(score, ReconstructionDistance):
+                score.update(in_bytes(reconstructions), in_bytes(images))
         if self.shown is None:
             self.shown = in_bytes(images[:SHOWN]), in_bytes(reconstructions[:SHOWN])
 
@@ -293,25 +297,6 @@ class Undecayed(Autoencoder):
 
     def no_weight_decay(self) -> set[str]:
         return {"model.quantize.embedding.weight"}
-
-
-def initialise(net: Autoencoder, source: str) -> dict[str, Any]:
-    """Loads the weights of a run of this study, or of a published autoencoder, all of which must fit.
-
-    Raises:
-        InputError: weights of another net.
-    """
-    path = Path(source)
-    # A foreign file does not tell its net's options.
-    options = net.config if path.is_file() and path.parent.name != "checkpoints" else {}
-    weights = load_autoencoder(path, **options).state_dict()
-    here, there = ({key: tensor.shape for key, tensor in found.items()} for found in (net.state_dict(), weights))
-    misfits = [key for key in here | there if here.get(key) != there.get(key)]
-    if misfits:
-        raise InputError(f"--init_from: {source} holds another autoencoder than this config's: {misfits[0]} and "
-                         f"{len(misfits) - 1} more weights are missing, unknown or of another shape")
-    net.load_state_dict(weights)
-    return {"source": source, "loaded": list(here), "missing": [], "unexpected": [], "resampled": []}
 
 
 def in_colours(images: Tensor) -> Tensor:

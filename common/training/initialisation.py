@@ -36,10 +36,11 @@ def state_dict_of(source: str | Path, weights: Literal["ema", "raw"] = "ema") ->
 
     `ema` takes the average where the checkpoint holds one.
     """
-    return _state_dict(_content(source), weights, source)
+    return weights_in(content_of(source), weights, source)
 
 
-def _content(source: str | Path) -> dict[str, Any]:
+def content_of(source: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds; of a run folder its newest readable one."""
     path = Path(source)
     if not path.is_dir():
         return read(path)
@@ -49,7 +50,10 @@ def _content(source: str | Path) -> dict[str, Any]:
     return read(checkpoint)
 
 
-def _state_dict(content: dict[str, Any], weights: Literal["ema", "raw"], source: str | Path) -> dict[str, Tensor]:
+def weights_in(
+    content: dict[str, Any], weights: Literal["ema", "raw"], source: str | Path
+) -> dict[str, Tensor]:
+    """The net's weights in the content of a checkpoint that `source` names."""
     if "loops" in content:  # written by the suite: the LightningModule's `net`
         if weights == "ema" and "ema" in content:
             return content["ema"]["state_dict"]
@@ -73,8 +77,8 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     Raises:
         InputError: parameters of the encoder are not in the source, or differ in shape, or it has more blocks.
     """
-    content = _content(source)
-    weights, beyond = _state_dict(content, "ema", source), content.get("beyond_shapes", {})
+    content = content_of(source)
+    weights, beyond = weights_in(content, "ema", source), content.get("beyond_shapes", {})
     for name, value in backbone.beyond_shapes().items():
         if name != "grid" and beyond.get(name, value) != value:
             raise InputError(f"--init_from: {source} was trained with {name}={beyond[name]}, and model.{name} is "
@@ -110,11 +114,15 @@ def initialise(net: nn.Module, backbone: VisionTransformer, source: str) -> dict
     if report["resampled"]:
         rank_zero_warn(f"{', '.join(report['resampled'])}: the position table was interpolated to another grid, which "
                        "brings a 2D prior back that learned positions do not have (position_prior: interpolated)")
-    for name in ("loaded", "missing", "unexpected", "resampled"):
-        rank_zero_only(print)(f"init_from {name}: {len(report[name])} {_summary(report[name])}")
-    if report["resampled"]:
         report["position_prior"] = "interpolated"
+    print_report(report)
     return report
+
+
+@rank_zero_only
+def print_report(report: dict[str, Any]) -> None:
+    for name in ("loaded", "missing", "unexpected", "resampled"):
+        print(f"init_from {name}: {len(report[name])} {_summary(report[name])}")
 
 
 def _shapes(keys: list[str], here: dict[str, Tensor], there: dict[str, Tensor]) -> str:

@@ -55,6 +55,7 @@ class Experiment(L.LightningModule):
     # True where the loss is not a mean over images: a step must then see its whole batch on each device.
     whole_batch = False
     picture = ""  # the name of the picture that a validation draws, where a study has one
+    judged = "images"  # what a test counts
 
     def __init__(self, optim: Recipe, picture_epochs: int = 0) -> None:
         super().__init__()
@@ -65,6 +66,7 @@ class Experiment(L.LightningModule):
         self.init_from: str | None = None  # set by the command line for a fresh start alone
         self.initialised: dict[str, Any] = {}
         self.scores: dict[str, MetricCollection] = {}
+        self.record: dict[str, Any] = {}  # how a test was done, where its metrics do not say
         self.shown: Any = None  # what `evaluate` keeps of a validation for its picture
         self.trained_steps = 0  # of the checkpoint; Lightning restores its own count for training alone
 
@@ -88,6 +90,10 @@ class Experiment(L.LightningModule):
         """The Vision Transformer in `net`, whose cost is reported."""
         return net
 
+    def initialise(self, net: nn.Module, source: str) -> dict[str, Any]:
+        """Loads weights, and says what was loaded, missing, unexpected, resampled."""
+        return initialise(net, self.backbone(net), source)
+
     # Building and cost
 
     def configure_model(self) -> None:
@@ -96,7 +102,7 @@ class Experiment(L.LightningModule):
             with torch.device("cpu"), seeded("init", self.trainer.seed):
                 self.net = self.build(self.trainer.datamodule)
             if self.init_from:
-                self.initialised = initialise(self.net, self.backbone(self.net), self.init_from)
+                self.initialised = self.initialise(self.net, self.init_from)
                 if self.trainer.state.fn != "fit" and self.initialised["missing"]:
                     raise InputError(f"--init_from: {self.init_from} lacks {', '.join(self.initialised['missing'][:3])}"
                                      f" ({len(self.initialised['missing'])} in all), without which there is nothing to "
@@ -212,8 +218,8 @@ class Experiment(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulation"] = self.trainer.accumulate_grad_batches
-        if isinstance(vit := self.backbone(self.net), VisionTransformer):
-            checkpoint["beyond_shapes"] = vit.beyond_shapes()
+        if hasattr(backbone := self.backbone(self.net), "beyond_shapes"):
+            checkpoint["beyond_shapes"] = backbone.beyond_shapes()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = checkpoint["global_step"]

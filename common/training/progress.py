@@ -1,4 +1,4 @@
-"""The progress line: epoch, loss, images per second, time left."""
+"""The progress line: epoch, loss, images per second, time left; of an evaluation, batches and time left."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from common.training.curves import Curves
 
 LINES = 25  # of a run, at the most, where the output is a file
+SECONDS = 10  # between two lines of an evaluation there
 
 
 class Progress(L.Callback):
@@ -31,10 +32,13 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._total = trainer.datamodule.steps_per_epoch * trainer.max_epochs
         self._start, self._first_step = time.perf_counter(), trainer.global_step
+        self._open_bar(trainer, "training", self._total, trainer.global_step)
+
+    def _open_bar(self, trainer: L.Trainer, title: str, total: int, done: int = 0) -> None:
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("training", total=self._total, completed=trainer.global_step)
+            self._task = self._bar.add_task(title, total=total, completed=done)
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
@@ -59,6 +63,39 @@ class Progress(L.Callback):
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+    # Evaluation and prediction apart from a training, whose batches may take minutes
+
+    def _begin(self, trainer: L.Trainer, batches: list[int | float]) -> None:
+        self._total, self._start, self._shown = sum(batches), time.perf_counter(), time.perf_counter()
+        self._open_bar(trainer, trainer.state.fn.value, self._total)
+
+    def _advance(self, trainer: L.Trainer, done: int) -> None:
+        now = time.perf_counter()
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+        elif trainer.is_global_zero and now - self._shown > SECONDS:
+            self._shown = now
+            left = (now - self._start) / done * (self._total - done)
+            print(f"{trainer.state.fn.value}: batch {done}/{self._total} · {left:.0f} s left", file=sys.stderr,
+                  flush=True)
+
+    def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begin(trainer, trainer.num_predict_batches)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, o: Any, b: Any, i: int) -> None:
+        self._advance(trainer, i + 1)
+
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begin(trainer, trainer.num_test_batches)
+
+    def on_test_batch_end(self, trainer: L.Trainer, module: L.LightningModule, o: Any, b: Any, i: int) -> None:
+        self._advance(trainer, i + 1)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.on_train_end(trainer, module)
+
+    on_predict_epoch_end = on_test_epoch_end
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, module)

@@ -102,7 +102,7 @@ def discard(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
-    for name in ("checkpoints", "figures", "predictions"):
+    for name in ("checkpoints", "figures", "predictions", "samples"):
         place = folder / name
         if place.is_symlink():
             place.unlink()  # and not what it points to
@@ -219,13 +219,16 @@ class RunFolder(L.Callback):
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule
-        images = f"{len(data.sets[split]):,} images" if whole else "not all images, so results.json stays as it is"
+        judged = module.judged
+        images = f"{len(data.sets[split]):,} {judged}" if whole else f"not all {judged}, so results.json stays as it is"
         weights = module.init_from or f"{self.folder} after {module.trained_steps:,} steps"
         print(f"{weights} on {data.dataset}, {split}: {images}")
         print_scores({tag: float(value) for tag, value in trainer.callback_metrics.items() if tag != "step"})
         if whole and not module.init_from:  # weights that were trained elsewhere are no run
             results = read_results(self.folder)
             results.setdefault("metrics", {}).update(_finite(trainer.callback_metrics))
+            if module.record:
+                results["evaluation"] = module.record
             write_atomically(self.folder / "results.json", json.dumps(results, indent=2))
 
     def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -293,6 +293,19 @@ def test_a_run_folder_gives_distances_of_its_own_name(command, monkeypatch, caps
     expected = fid_statistics_to_metric(statistics(one.pooled), statistics(other.pooled), False)
     assert content["metrics"]["test/fd_judge"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-5)
     assert content["evaluation"]["reference_statistics"] == "of its images"
+    # With classes beside the samples, how many of them the classifier finds in its logits.
+    found = load_classifier(run_folder)(torch.from_numpy(images[1]).permute(0, 3, 1, 2)).logits.argmax(1).numpy()
+    np.savez("asked.npz", images[1], np.where(np.arange(20) < 13, found, (found + 1) % 10))
+    outcome = run("asked.npz", "reference.npz", "--extractor", run_folder, "--json", "out.json")
+    assert json.loads(Path("out.json").read_text())["metrics"]["test/agreement_judge"] == pytest.approx(65)
+    np.savez("asked.npz", images[1], found + 10)
+    outcome = run("asked.npz", "reference.npz", "--extractor", run_folder)
+    assert outcome.code == 2 and "asked.npz: of class " in outcome.err and "knows 10 classes" in outcome.err
+    outcome = run("samples.npz", "reference.npz", "--extractor", run_folder, "--metrics", "agreement")
+    assert outcome.code == 2 and "agreement needs the classes that samples.npz was asked for" in outcome.err
+    np.savez("asked.npz", images[1], np.ones(20))
+    outcome = run("asked.npz", "reference.npz", "--extractor", run_folder)
+    assert outcome.code == 2 and "asked.npz: arr_1 is float64 of shape (20,)" in outcome.err
     outcome = run("samples.npz", "reference.npz", "--extractor", run_folder, "--metrics", "fid")
     assert outcome.code == 2 and "fid is of Inception's features alone" in outcome.err
     outcome = run("samples.npz", "reference.npz", "--extractor", run_folder, "--weights", "inception.pth")
@@ -303,7 +316,7 @@ def test_without_inceptions_weights_the_command_says_where_they_go(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     outcome = the_command(monkeypatch, capsys)("a.npz", "b.npz")
     assert outcome.code == 2 and not outcome.out
-    assert outcome.err.startswith("error: --weights: there is no file data/weights-inception-2015-12-05-6726825d.pth, ")
+    assert outcome.err.startswith("error: data/weights-inception-2015-12-05-6726825d.pth: there is no such file")
 
 
 # Writing
@@ -317,8 +330,21 @@ def test_written_archives_are_what_numpy_reads(tmp_path):
         assert sorted(archive) == ["arr_0", "arr_1"] and archive["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(archive["arr_0"], SAMPLES)
         np.testing.assert_array_equal(archive["arr_1"], labels)
-    read = torch.cat(list(open_images(tmp_path / "samples.npz", 3).batches(4)))
-    assert torch.equal(read, images)
+    written = open_images(tmp_path / "samples.npz", 3)
+    assert torch.equal(torch.cat([batch for _, batch in written.batches(4)]), images)
+    assert torch.equal(written.labels(), labels)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_ranks_share_a_set_without_overlap(tmp_path, compressed):
+    save_folder(tmp_path / "folder", SAMPLES)
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "samples.npz", SAMPLES)
+    for path in (tmp_path / "folder", tmp_path / "samples.npz"):
+        shares = [dict(enumerate(open_images(path, 3).batches(4, rank, 3))) for rank in range(3)]
+        assert [len(share) for share in shares] == [2, 2, 2]  # 6 batches of 23 images
+        found = sorted((place.start, batch) for share in shares for place, batch in share.values())
+        assert [place for place, _ in found] == [0, 4, 8, 12, 16, 20]
+        np.testing.assert_array_equal(torch.cat([batch for _, batch in found]).permute(0, 2, 3, 1), SAMPLES)
 
 
 def test_an_archive_of_fewer_images_than_promised_never_appears(tmp_path):

@@ -100,7 +100,7 @@ def test_images_that_are_not_uint8_channels_first_are_refused(inception, images,
 
 
 def test_a_missing_weights_file_says_what_to_fetch_and_where_it_goes(tmp_path):
-    with pytest.raises(InputError, match=r"no file .*w\.pth.*fetch https://github\.com/toshas/torch-fidelity/releases/"
+    with pytest.raises(InputError, match=r"w\.pth: there is no such file.*fetch https://github\.com/toshas/torch-fidelity/releases/"
                                          r"download/v0\.2\.0/weights-inception-2015-12-05-6726825d\.pth"):
         Inception(tmp_path / "w.pth")
 
@@ -112,7 +112,7 @@ def test_a_file_that_is_not_inceptions_weights_is_refused(weights, tmp_path):
         Inception(truncated)
     other = tmp_path / "other.pth"
     torch.save({key: value for key, value in torch.load(weights).items() if "Mixed_6d" not in key}, other)
-    with pytest.raises(InputError, match=r"other\.pth does not hold Inception's weights .*Mixed_6d"):
+    with pytest.raises(InputError, match=r"other\.pth: does not hold Inception's weights .*Mixed_6d"):
         Inception(other)
 
 

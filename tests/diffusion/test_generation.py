@@ -1,6 +1,7 @@
 """Training a diffusion Transformer and sampling from it, as a user sees it."""
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,19 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
+from common.data import Digits
 from common.randomness import normal, uniform
 from common.training.checkpoints import read
 from common.training.optim import Recipe
 from diffusion import DiT, Generation
+from diffusion.evaluation import evaluate
+from diffusion.features import load_classifier
+from diffusion.image_sets import Folder
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
 
 
 @pytest.fixture
 def generation(command: Callable) -> Callable:
-    """Runs `python -m diffusion SUBCOMMAND` on digits with a small net, without pictures."""
-    return lambda word, *args: command(word, "--model.picture_epochs", "0", "--model.optim.ema", "0.5", "--run_name",
-                                       "a", *args, config=DIGITS, study="diffusion")  # fmt: skip
+    """Runs `python -m diffusion SUBCOMMAND` on the pixels of digits with a small net, without pictures."""
+    pixels = ["--data.autoencoder", "null", "--data.image_size", "8", "--trainer.check_val_every_n_epoch", "1"]
+    return lambda word, *args: command(word, *pixels, "--model.picture_epochs", "0", "--model.optim.ema", "0.5",
+                                       "--run_name", "a", *args, config=DIGITS, study="diffusion")  # fmt: skip
 
 
 def results(tmp_path: Path) -> dict:
@@ -56,25 +62,190 @@ def test_the_life_of_a_generation(generation: Callable, tmp_path: Path) -> None:
     assert generation("validate").code == 0
     assert results(tmp_path) == trained
 
-    options = ["--model.predict.samples", "5", "--model.predict.steps", "4"]
-    folder = tmp_path / "runs/diffusion/a/samples/ddpm4-g1.5-s0"
-    assert "5 of 5 samples" in generation("predict", *options).out
-    files = sorted(folder.iterdir())
+
+FEW = ["--model.predict.samples", "5", "--model.predict.steps", "4"]
+SAMPLES = Path("runs/diffusion/a/samples/step18-ddim4-g1.5-s0")
+
+
+def pictures() -> list[np.ndarray]:
+    return [np.array(Image.open(path)).astype(int) for path in sorted(SAMPLES.glob("*.png"))]
+
+
+def test_samples_are_functions_of_their_numbers(generation: Callable) -> None:
+    assert generation("fit").code == 0
+    outcome = generation("predict", *FEW)
+    assert outcome.code == 0 and f"5 samples -> {SAMPLES}" in outcome.out, outcome.err
+    assert Image.open(SAMPLES.with_name(SAMPLES.name + ".png")).size[0] > 400  # the first of them, for the eye
+    files = sorted(SAMPLES.glob("*.png"))
     assert [path.name for path in files] == [f"00000{number}.png" for number in range(5)]
-    pictures = [np.array(Image.open(path)).astype(int) for path in files]
-    assert pictures[0].shape == (8, 8)
+    first = pictures()
+    assert first[0].shape == (8, 8)
     files[1].unlink()
     files[3].unlink()
     others = files[0].stat().st_mtime_ns
-    assert generation("predict", *options, "--data.eval_batch_size", "1").code == 0
-    again = [np.array(Image.open(path)).astype(int) for path in files]
-    assert all(abs(one - other).max() <= 1 for one, other in zip(pictures, again, strict=True))
+    assert generation("predict", *FEW, "--data.eval_batch_size", "1").code == 0
+    assert all(abs(one - other).max() <= 1 for one, other in zip(first, pictures(), strict=True))
     assert files[0].stat().st_mtime_ns == others  # what is there is not generated again
 
-    outcome = generation("predict", *options, "--model.predict.classes", "[3,10]")
-    assert outcome.code == 2 and "model.predict.classes: [3, 10]" in outcome.err
-    outcome = generation("predict", "--model.predict.samples", "0")
-    assert outcome.code == 2 and "model.predict.samples: 0" in outcome.err
+    # More of them keep the first, with their classes; fewer are a part.
+    labels = json.loads((SAMPLES / "record.json").read_text())["labels"]
+    assert generation("predict", *FEW, "--model.predict.samples", "7", "--model.predict.npz", "true").code == 0
+    record = json.loads((SAMPLES / "record.json").read_text())
+    assert record["labels"][:5] == labels and len(record["labels"]) == record["samples"] == 7
+    with np.load(SAMPLES.with_name(SAMPLES.name + ".npz")) as archive:
+        np.testing.assert_array_equal(archive["arr_0"][..., 0], pictures())
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_1"].tolist() == record["labels"]
+    assert files[0].stat().st_mtime_ns == others
+    assert "5 samples" in generation("predict", *FEW).out
+    assert json.loads((SAMPLES / "record.json").read_text()) == record
+
+    expected = {"weights": "ema", "trained_steps": 18, "solver": "ddim", "steps": 4, "spacing": "linspace",
+                "guidance": 1.5, "guidance_channels": 3, "seed": 0, "classes": 10, "autoencoder": None,
+                "rounding": "127.5 x + 128, clamped to 0-255, truncated", "precision": "32-true"}  # fmt: skip
+    assert record.items() >= expected.items()
+
+
+def test_samples_of_other_weights_are_not_taken_for_these(generation: Callable) -> None:
+    assert generation("fit").code == 0
+    assert generation("predict", *FEW).code == 0
+    path = SAMPLES / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"weights_sha256": "another"}))
+    outcome = generation("predict", *FEW)
+    assert outcome.code == 2 and "samples that were made otherwise (weights_sha256: another there" in outcome.err
+    path.write_text("{")
+    assert "record.json: damaged" in generation("predict", *FEW).err
+    path.unlink()
+    assert "holds images but no record.json" in generation("predict", *FEW).err
+    assert generation("fit", "--overwrite", "--model.optim.lr", "1e-3").code == 0
+    assert not SAMPLES.exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--model.predict.classes", "[3,10]"], "model.predict.classes: [3, 10] are not all among the 10 classes"),
+    (["--model.predict.samples", "0"], "model.predict.samples: 0"),
+    (["--model.predict.seed", "-1"], "model.predict.seed: -1"),
+    (["--model.predict.steps", "1"], "steps=1 must be between 2 and the 1000"),
+    (["--model.predict.solver", "euler"], "model.predict.solver"),
+])
+def test_mistakes_in_what_is_sampled_are_named(generation: Callable, options: list[str], message: str) -> None:
+    assert generation("fit", "--trainer.max_epochs", "1").code == 0
+    outcome = generation("predict", "--trainer.max_epochs", "1", "--model.predict.solver", "ddpm", *options)
+    assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_path: Path) -> None:
+    """As the evaluation of the same folder by its own command, with the training images as the reference."""
+    assert command("fit", "--run_name", "judge").code == 0
+    judge = "runs/supervised/judge"
+    assert generation("fit").code == 0
+    options = ["--model.predict.steps", "3", "--model.predict.samples", "40", "--model.evaluation.extractor", judge]
+    outcome = generation("test", *options)
+    assert outcome.code == 0, outcome.err
+    assert "runs/diffusion/a after 18 steps on digits, test: 40 samples" in outcome.out
+    folder = SAMPLES.with_name("step18-ddim3-g1.5-s0")
+    judged = results(tmp_path)
+    names = {f"{name}_judge" for name in ("fd", "classifier_score", "precision", "recall", "agreement")}
+    names.add("classifier_score_judge_std")
+    assert {tag for tag in judged["metrics"] if tag.startswith("test/")} == {f"test/{name}" for name in names}
+    record = judged["evaluation"]
+    assert record["samples"] == 40 and record["reference"] == "training images of digits"
+    assert record["reference_images"] == 1197 and record["guidance"] == 1.5 and record["weights"] == "ema"
+    beside = json.loads(folder.with_name(folder.name + ".json").read_text())
+    assert beside["evaluation"] == record
+
+    images = Digits().read(Path(), "train").images[:, 0].numpy()
+    (tmp_path / "reference").mkdir()
+    for number, image in enumerate(images):  # at 8x8 they are what the model sees, in the same order
+        Image.fromarray(image).save(tmp_path / "reference" / f"{number:04}.png")
+    values, again = evaluate(Folder(folder, 1), tmp_path / "reference", load_classifier(tmp_path / judge),
+                             ["fd", "classifier_score", "precision", "recall", "agreement"])  # fmt: skip
+    assert {f"test/{tag}": value for tag, value in values.items()} == pytest.approx(
+        {tag: value for tag, value in judged["metrics"].items() if tag.startswith("test/")}, rel=1e-4)
+    assert {**again, "reference": 0, "reference_sha256": 0} == {**record, "reference": 0, "reference_sha256": 0}
+
+    # Judged again, against a file: nothing is sampled anew.
+    times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*.png"))]
+    outcome = generation("test", *options, "--model.evaluation.reference", "reference")
+    assert outcome.code == 0, outcome.err
+    assert results(tmp_path)["evaluation"]["reference"] == "reference"
+    assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*.png"))] == times
+    outcome = generation("test", *options, "--model.predict.samples", "16")
+    assert outcome.code == 2 and "16 images for 16 features" in outcome.err
+    outcome = generation("test", *options, "--model.evaluation.extractor", "inception")
+    assert outcome.code == 2 and "fetch https://github.com/toshas/torch-fidelity" in outcome.err
+
+
+# Weights from elsewhere
+
+
+def published_file(path: Path, channels: int = 1, **more: object) -> dict[str, torch.Tensor]:
+    """A DiT in its authors' layout: the patch projection is a convolution, the position table one of sines."""
+    torch.manual_seed(3)
+    net = DiT(8, patch_size=4, channels=channels, classes=10, width=16, depth=1, heads=2, position="sincos")
+    weights = {name: torch.randn_like(value) * 0.02 if name != "pos_embed" else value
+               for name, value in net.state_dict().items()}
+    published = {**weights, "x_embedder.proj.weight":
+                 weights["x_embedder.proj.weight"].view(16, 4, 4, channels).permute(0, 3, 1, 2).contiguous()}
+    torch.save(published if not more else {"model": net.state_dict(), "ema": published, **more}, path)
+    return weights
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_published_weights_are_sampled_from_and_trained_on(
+    generation: Callable, tmp_path: Path, training: bool
+) -> None:
+    """A published file is a state dict; their training's checkpoint holds the average beside what an optimiser needs.
+    """
+    weights = published_file(tmp_path / "dit.pt", **({"opt": {}, "args": Namespace(a=1)} if training else {}))
+    options = ["--init_from", "dit.pt", "--model.position", "sincos"]
+    outcome = generation("predict", *options, *FEW)
+    assert outcome.code == 0, outcome.err
+    assert "init_from loaded: 22 " in outcome.out and "samples/ddim4-g1.5-s0" in outcome.out
+    assert generation("fit", *options, "--model.optim.lr", "0", "--trainer.max_epochs", "1").code == 0
+    trained = read(tmp_path / "runs/diffusion/a/checkpoints/last.ckpt")["state_dict"]
+    for name, value in weights.items():
+        torch.testing.assert_close(trained[f"net.{name}"], value)
+    assert generation("fit", *options[:2], "--run_name", "b", "--trainer.max_epochs", "1").code == 0
+    assert json.loads((tmp_path / "runs/diffusion/b/results.json").read_text())["init_from"]["position_prior"] == (
+        "sincos")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--model.patch_size", "2"], "dit.pt holds another net than this config's"),
+    (["--model.depth", "2"], 'Missing key(s) in state_dict: "blocks.1'),
+    (["--model.conditional", "false"], "y_embedder"),
+])
+def test_weights_of_another_net_are_refused(
+    generation: Callable, tmp_path: Path, options: list[str], message: str
+) -> None:
+    published_file(tmp_path / "dit.pt")
+    outcome = generation("fit", "--init_from", "dit.pt", "--model.position", "sincos", *options)
+    assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def test_a_run_initialises_another_unless_its_heads_differ(generation: Callable, tmp_path: Path) -> None:
+    assert generation("fit").code == 0
+    average = read(tmp_path / "runs/diffusion/a/checkpoints/last.ckpt")["ema"]["state_dict"]
+    options = ["--init_from", "runs/diffusion/a", "--run_name", "b", "--model.optim.lr", "0"]
+    assert generation("fit", *options).code == 0
+    other = read(tmp_path / "runs/diffusion/b/checkpoints/last.ckpt")["state_dict"]
+    for name, value in average.items():
+        torch.testing.assert_close(other[f"net.{name}"], value)
+    outcome = generation("fit", *options, "--run_name", "c", "--model.heads", "4")
+    assert outcome.code == 2 and "was trained with heads=2, and this config's is 4" in outcome.err
+
+
+def test_without_images_their_number_of_classes_is_enough_to_sample(generation: Callable, tmp_path: Path) -> None:
+    published_file(tmp_path / "dit.pt", channels=3)
+    options = ["--init_from", "dit.pt", "--model.position", "sincos", "--data.source=common.data.ImageFolder",
+               "--data.source.path=nowhere"]  # fmt: skip
+    outcome = generation("predict", *FEW, *options)
+    assert outcome.code == 2 and "nowhere: no such folder" in outcome.err
+    assert generation("predict", *FEW, *options, "--data.assumed_classes", "10").code == 0
+    assert len(list(tmp_path.glob("runs/diffusion/a/samples/*/*.png"))) == 5
+    outcome = generation("predict", *FEW, *options, "--data.assumed_classes", "0")
+    assert outcome.code == 2 and "data.assumed_classes: 0 is not a positive number" in outcome.err
 
 
 def test_pictures_are_drawn_from_the_average(generation: Callable, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from common.errors import InputError
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
+from diffusion.samples import Sampling
 from diffusion.sampling import Sampler, labels_of
 
 SOLVERS = ("ddpm", "ddim", "dpm++")
@@ -94,4 +95,4 @@ def test_labels_are_uniform_over_the_classes_that_were_asked_for():
 
 def test_less_than_no_guidance_is_refused():
     with pytest.raises(InputError, match="model.predict.guidance: 0.5 is below 1"):
-        Sampler(GaussianDiffusion(), guidance=0.5)
+        Sampling(guidance=0.5)
