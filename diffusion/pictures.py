@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def grid(images: Tensor, names: Sequence[str], title: str, columns: int = 8) -> Figure:
-    """A matplotlib figure of uint8 images (B, C, H, W), pixels as squares, with their names above them, if any."""
+def grid(
+    images: Tensor, names: Sequence[str], title: str, columns: int = 8, rows_named: Sequence[str] = ()
+) -> Figure:
+    """A matplotlib figure of uint8 images (B, C, H, W), pixels as squares, with their names above them, if any, and
+    beside the rows theirs.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,4 +32,7 @@ def grid(images: Tensor, names: Sequence[str], title: str, columns: int = 8) -> 
             axis.imshow(pictures[number], interpolation="nearest")
         if number < len(names):
             axis.set_title(names[number], fontsize=8)
+    for row, name in enumerate(rows_named):
+        axes[row * columns].text(-0.05, 0.5, name, fontsize=8, rotation=90, ha="right", va="center",
+                                 transform=axes[row * columns].transAxes)  # fmt: skip
     return figure

@@ -25,15 +25,21 @@ from common.model import VisionTransformer
 from common.model.flops import forward_flops
 from common.training.checkpoints import read
 from common.training.cli import StudyCLI, run_folder
+from diffusion import DiT
+from diffusion.autoencoder import Autoencoder
+from diffusion.cost import forward_flops as denoising_flops
 from mae import MaskedAutoencoder
 from mae.cost import forward_flops as masked_forward_flops
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {f"{study}/{path.stem}": path for study in ("supervised", "mae")
-           for path in sorted((ROOT / study / "configs").glob("*.yaml"))}  # fmt: skip
-DOWNSTREAM = re.compile("_(finetune|probe)$")  # the ends of the names of those that start from trained weights
+CONFIGS = {f"{study}/{path.stem}": path for study in ("supervised", "mae", "diffusion")
+           for path in sorted((ROOT / study / "configs").glob("*.yaml"))
+           if not path.stem.startswith("autoencoder_")}  # fmt: skip
+DOWNSTREAM = re.compile("_(finetune|probe)$")  # the ends of the names of those that start from a pre-training
+STARTED = (*filter(DOWNSTREAM.search, CONFIGS), "diffusion/imagenet256_recovery")  # from trained weights
 PAPER = ("supervised/cifar100", "supervised/imagenet28", "supervised/imagenet64", "supervised/imagenet224",
-         "supervised/flowers102", "supervised/nyu_depth", "mae/cifar100", "mae/cifar100_finetune")  # fmt: skip
+         "supervised/flowers102", "supervised/nyu_depth", "mae/cifar100", "mae/cifar100_finetune",
+         "diffusion/imagenet256")  # fmt: skip
 
 
 def study_of(name: str) -> str:
@@ -54,11 +60,14 @@ def comment(name: str) -> str:
 
 
 def commands(name: str) -> list[list[str]]:
-    """The commands in the comment, without `python -m STUDY`; all name this very file, and one trains."""
-    study = study_of(name)
-    found = re.findall(rf"python -m {study} (\w+) --config {study}/configs/(\w+)\.yaml(.*)", comment(name))
-    assert "fit" in {word for word, _, _ in found} and {file for _, file, _ in found} == {CONFIGS[name].stem}
-    return [[word, "--config", str(CONFIGS[name]), *shlex.split(options)] for word, _, options in found]
+    """The commands in the comment that name this very file, without `python -m STUDY`; one trains. Others name what
+    must be there before.
+    """
+    study, stem = study_of(name), CONFIGS[name].stem
+    found = re.findall(rf"python -m {study} (\w+) --config {study}/configs/{stem}\.yaml(.*)", comment(name))
+    assert "fit" in {word for word, _ in found}
+    assert all((ROOT / path).is_file() for path in re.findall(r"\w+/configs/\w+\.yaml", comment(name)))
+    return [[word, "--config", str(CONFIGS[name]), *shlex.split(options)] for word, options in found]
 
 
 # What they resolve to: the published recipes, and what the studies they cite leave off
@@ -141,7 +150,22 @@ PROBED_PHOTOGRAPHS = PROBED | {
     "data.augment.crop_ratio": [3 / 4, 4 / 3], "data.augment.interpolation": "bicubic", "data.augment.flip": 0.5,
     "data.mean": [0.485, 0.456, 0.406], "data.std": [0.229, 0.224, 0.225], "trainer.max_epochs": 90,
 }  # fmt: skip
+# DiT's, at eight times its batch and rate; latents of an autoencoder that the paper cites, positions that it learns.
+DIT = {
+    "model.class_path": "diffusion.Generation", "model.size": "large", "model.patch_size": 1,
+    "model.position": "learned", "model.label_dropout": 0.1, "model.learn_variance": True, "model.conditional": True,
+    "model.optim.lr": 8e-4, "model.optim.base_lr": None, "model.optim.weight_decay": 0.0,
+    "model.optim.betas": [0.9, 0.999], "model.optim.warmup_epochs": 100, "model.optim.schedule": "constant",
+    "model.optim.ema": 0.9999, "model.predict.samples": 50_000, "model.predict.solver": "ddpm",
+    "model.predict.steps": 250, "model.predict.guidance": 1.5, "model.predict.guidance_channels": 3,
+    "model.evaluation.extractor": "inception", "data.source.class_path": "common.data.ImageNet",
+    "data.image_size": 256, "data.batch_size": 2048, "data.augment.interpolation": "adm",
+    "data.eval_interpolation": "adm", "data.augment.flip": 0.5, "data.augment.crop_scale": None,
+    "trainer.max_epochs": 400, "trainer.precision": "bf16-mixed", "trainer.gradient_clip_val": None,
+}  # fmt: skip
 RECIPES = {
+    "diffusion/imagenet256": DIT,
+    "diffusion/imagenet256_recovery": DIT | {"model.optim.warmup_epochs": 2, "trainer.gradient_clip_val": 1.0},
     "supervised/cifar100": CIFAR | {"model.size": "tiny", "model.patch_size": 1, "data.eval_crop": 1.0,
                                     "data.source.class_path": "common.data.Cifar100"},
     "supervised/cifar10": CIFAR | {"data.source.class_path": "common.data.Cifar10", "trainer.max_epochs": 200},
@@ -181,7 +205,7 @@ def test_it_parses_into_a_folder_of_its_name(name: str) -> None:
     config = resolved(name)
     stem = CONFIGS[name].stem
     assert config["run_name"] == f"{stem}-{config['model.size']}-p{config['model.patch_size']}-s0"
-    assert config["init_from"] == ("required" if DOWNSTREAM.search(name) else None)
+    assert config["init_from"] == ("required" if name in STARTED else None)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -207,7 +231,7 @@ def test_its_comment_says_how_to_run_it_and_what_to_expect(name: str) -> None:
     text = comment(name)
     assert "Expected:" in text and re.search(r"Sources?[:.]|Hyper-parameters:", text)
     if name in PAPER:
-        assert re.search(r"(Table|Figure) \d[a-d]", text) and "Cost on one H200" in text
+        assert re.search(r"(Table|Figure|Tables) \d([a-d]|\b)", text) and "Cost on one H200" in text
 
 
 @pytest.mark.parametrize("name", [
@@ -220,8 +244,17 @@ def test_its_command_starts_from_the_folder_that_the_pre_training_s_command_make
     assert Path(config["init_from"]) == run_folder("mae", [*before[1:], *same])
 
 
+def dit_flops(config: dict[str, Any]) -> int:
+    """Of one latent's forward: 32x32x4 with an autoencoder, or the pixels of CIFAR-10."""
+    channels, classes = (4, 1000) if config["data.autoencoder"] else (3, 10)
+    with torch.device("meta"):
+        return denoising_flops(DiT(32, config["model.patch_size"], channels, classes, config["model.size"]))
+
+
 def training_flops(config: dict[str, Any]) -> int:
     """Of one image: the backward costs twice the forward, and nothing where the encoder is frozen."""
+    if config["model.class_path"] == "diffusion.Generation":
+        return 3 * dit_flops(config)
     side = config["data.image_size"]
     vit = {"image_size": side if isinstance(side, int) else tuple(side), "patch_size": config["model.patch_size"],
            "size": config["model.size"]}  # fmt: skip
@@ -255,6 +288,9 @@ def training_flops(config: dict[str, Any]) -> int:
     ("mae/imagenet28_finetune", "base", 1, 1_281_167, "B/1 21 h"),
     ("mae/imagenet28_probe", "base", 1, 1_281_167, "B/1 6.3 h"),
     ("mae/imagenet224", "base", 16, 1_281_167, "B/16 21 h"),
+    ("diffusion/cifar10", "small", 1, 50_000, "DiT-S/1 3.3 h"),
+    ("diffusion/imagenet256", "large", 1, 1_281_167, "L/1 390 h"),
+    ("diffusion/imagenet256", "large", 2, 1_281_167, "L/2 87 h"),
 ])  # fmt: skip
 def test_the_hours_in_its_comment_are_the_formula_s(name: str, size: str, patch: int, images: int, said: str) -> None:
     assert said in " ".join(comment(name).split())
@@ -263,6 +299,20 @@ def test_the_hours_in_its_comment_are_the_formula_s(name: str, size: str, patch:
     seen = images // batch * batch * config["trainer.max_epochs"]
     number = re.search(r"([\d.]+) h", said).group(1)
     hours = training_flops(config) * seen / 790e12 / 3600
+    assert float(number) == pytest.approx(hours, abs=0.5 * 0.1 ** len(number.partition(".")[2]))
+
+
+@pytest.mark.parametrize("name, patch, said", [
+    ("diffusion/imagenet256", 1, "L/1 6.3 h"), ("diffusion/imagenet256", 2, "L/2 1.4 h"),
+    ("diffusion/cifar10", 1, "without guidance 0.28 h"),
+])  # fmt: skip
+def test_the_hours_of_sampling_are_the_formula_s(name: str, patch: int, said: str) -> None:
+    assert said in " ".join(comment(name).split())
+    config = resolved(name, "--model.patch_size", str(patch))
+    forwards = config["model.predict.samples"] * config["model.predict.steps"]
+    forwards *= 2 if config["model.predict.guidance"] > 1 else 1
+    number = re.search(r"([\d.]+) h", said).group(1)
+    hours = dit_flops(config) * forwards / 790e12 / 3600
     assert float(number) == pytest.approx(hours, abs=0.5 * 0.1 ** len(number.partition(".")[2]))
 
 
@@ -326,6 +376,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     arm("mae/cifar100", 1024, "--model.decoder_width", "512", "--model.decoder_heads", "16"),
     arm("mae/cifar100", 1024, "--model.size", "small"),
     arm("mae/imagenet28", 784, "--model.size", "tiny"),
+    arm("diffusion/digits", 64, "--data.autoencoder", "null", "--data.image_size", "8"),
+    arm("diffusion/shapes", 64, "--data.autoencoder", "null", "--data.image_size", "8", "--data.source.train", "8"),
+    arm("diffusion/cifar10", 1024),
 ])  # fmt: skip
 def test_it_trains_two_steps(name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path,
                              command: Callable) -> None:  # fmt: skip
@@ -377,11 +430,18 @@ def test_fine_tuning_and_probing_go_on_from_its_two_steps(
     arm("supervised/imagenet224", 196, "--data.image_size", "14", "--model.patch_size", "1"),
     arm("supervised/nyu_depth", 768, "--model.patch_size", "2"),
     arm("supervised/nyu_depth", 3072, soak=True),
+    arm("diffusion/imagenet256", 256, "--model.patch_size", "2", "--data.autoencoder", "AUTOENCODER", soak=True),
+    arm("diffusion/imagenet256", 1024, "--data.autoencoder", "AUTOENCODER", soak=True),
 ])  # fmt: skip
 def test_it_trains_two_steps_within_24_gb(
     name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path
 ) -> None:
     places = ["--config", CONFIGS[name], "--runs", runs, "--run_name", "a", "--data.root", root]
+    if "AUTOENCODER" in overrides:  # VQ f8 at its full size, with random weights
+        net = Autoencoder()
+        torch.save({"autoencoder": net.config, "state_dict": net.state_dict()}, runs / "vq-f8.ckpt")
+        overrides = [str(runs / "vq-f8.ckpt") if option == "AUTOENCODER" else option for option in overrides]
+        overrides += ["--model.picture_epochs", "0"]
     argv = [sys.executable, "-m", study_of(name), "fit", *places, *TWO_STEPS, *overrides]
     with open(runs / "output", "w") as output:
         process = subprocess.Popen(argv, cwd=ROOT, stdout=output, stderr=output)
