@@ -2,7 +2,7 @@
 
     T3a:                                  # the id: table 3a
       shows: what the table or figure shows
-      metric: val/acc1                    # what it is judged by
+      metric: val/acc1                    # what it is judged by; of a list the first, and all are shown
       paper:                              # what the paper states, all of it optional
         values: {T/2: 80.0}               # of an arm
         differences: {T/1 - T/2: 1.5}     # between two arms
@@ -19,17 +19,23 @@
           set: {trainer.max_epochs: 20}   # overrides of all arms; an arm's own go first
           arms: {...}                     # in place of the arms above
           seeds: 3                        # seeds 0, 1, 2; one where it is left out
+          metric: ...                     # in place of the one above, as is draws
 
 Two keys of an arm are no overrides:
 
       arms:
         scratch: {config: supervised/*}   # STUDY/NAME, * being the scale's config; this study's own where left out
         pre-training: {}
+        autoencoder: {config: diffusion/autoencoder_*, seed_everything: 0}   # one run for all seeds
         fine-tuned:
           config: mae/*_finetune          # mae/configs/cifar100_finetune.yaml at scale paper
-          init_from: pre-training         # an arm above this one; each seed starts from that seed's run
+          runs: {init_from: pre-training} # options that name run folders of arms above this one, of the same seed
 
-An arm that others start from is a step on the way: it is trained like any other, and is not compared.
+An arm that others use is a step on the way: it is trained like any other, and is not compared. Where the metric is one
+of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a command of its
+own, which is given the compared arms' run folders of seed 0:
+
+      draws: diffusion.side_by_side --model.predict.guidance 4.0
 """
 
 from __future__ import annotations
@@ -52,43 +58,55 @@ from common.identity import config_hash
 
 STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
 ROOT = Path(__file__).parent.parent
+RUNS = Path("runs")
 
-_KEYS = {"shows": str, "metric": str, "paper": dict, "arms": dict, "scales": dict}
+_KEYS = {"shows": str, "metric": str | list, "draws": str, "paper": dict, "arms": dict, "scales": dict}
 _PAPER_KEYS = {"values": dict, "differences": dict, "says": str, "unknown": str}
-_SCALE_KEYS = {"config": str, "shows": str, "set": dict, "arms": dict, "seeds": int}
+_SCALE_KEYS = {"config": str, "shows": str, "metric": str | list, "draws": str, "set": dict, "arms": dict, "seeds": int}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A config of a study with overrides; `init_from` names the arm whose weights it starts from."""
+    """A config of a study with overrides; `runs` are options that name other arms' run folders: option -> arm."""
 
     name: str
     study: str
     config: Path
     overrides: Mapping[str, Any]
-    init_from: str | None = None
+    runs: Mapping[str, str]
+
+    def seed(self, seed: int) -> int:
+        """The one that it is trained with where others are trained with `seed`."""
+        return self.overrides.get("seed_everything", seed)
 
 
 @dataclass(frozen=True)
 class Start:
-    """One run of an exhibit: an arm with a seed, and the run of the same seed whose weights it starts from."""
+    """One run of an exhibit: an arm with a seed, and the runs that it uses, by option.
+
+    Args:
+        judged_by: the metric that a test must leave, of a run that is tested; others are trained alone.
+    """
 
     arm: Arm
     seed: int
-    source: Start | None = None
+    sources: Mapping[str, Start]
+    judged_by: str | None = None
 
     @property
     def arguments(self) -> list[str]:
-        """What follows `python -m STUDY fit`. With a source it takes the time of locating that."""
+        """What follows `python -m STUDY fit`. With sources it takes the time of locating them."""
         options = {**self.arm.overrides, "seed_everything": self.seed}
-        if self.source:
-            options["init_from"] = str(self.source.located[0])
+        options |= {option: str(source.located[0]) for option, source in self.sources.items()}
         pairs = [(f"--{key}", _typed(value)) for key, value in options.items()]
         return ["--config", os.path.relpath(self.arm.config), *(word for pair in pairs for word in pair)]
 
     @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", self.arm.study, "fit", *self.arguments]
+    def stages(self) -> tuple[str, ...]:
+        return ("fit", "test") if self.judged_by else ("fit",)
+
+    def command(self, stage: str) -> list[str]:
+        return [sys.executable, "-m", self.arm.study, stage, *self.arguments]
 
     @cached_property
     def located(self) -> tuple[Path, str]:
@@ -100,8 +118,8 @@ class Start:
         cli = StudyCLI(self.arm.study, ["fit", *self.arguments], run=False)
         return cli.folder, config_hash(cli.resolved)
 
-    def __str__(self) -> str:
-        return shlex.join(["python", *self.command[1:]])
+    def shown(self, stage: str) -> str:
+        return shlex.join(["python", *self.command(stage)[1:]])
 
 
 def _typed(value: Any) -> str:
@@ -116,19 +134,39 @@ class Scale:
     shows: str
     arms: tuple[Arm, ...]
     seeds: int
+    metric: str
+    columns: tuple[str, ...]
+    draws: str
 
     @property
     def sources(self) -> set[str]:
-        """The names of arms that others start from."""
-        return {arm.init_from for arm in self.arms if arm.init_from}
+        """The names of arms that others use."""
+        return {name for arm in self.arms for name in arm.runs.values()}
 
     def starts(self, seeds: int | None = None) -> list[Start]:
-        """All runs, seed by seed, so that every arm has a first result early; a run's source stands before it."""
-        starts: dict[tuple[str | None, int], Start] = {}
-        for seed in range(seeds or self.seeds):
+        """All runs, seed by seed, so that every arm has a first result early; what a run uses stands before it."""
+        arms = {arm.name: arm for arm in self.arms}
+        starts: dict[tuple[str, int], Start] = {}
+        for common in range(seeds or self.seeds):
             for arm in self.arms:
-                starts[arm.name, seed] = Start(arm, seed, starts.get((arm.init_from, seed)))
+                seed = arm.seed(common)
+                sources = {option: starts[name, arms[name].seed(common)] for option, name in arm.runs.items()}
+                tested = self.metric.startswith("test/") and arm.name not in self.sources
+                starts.setdefault((arm.name, seed), Start(arm, seed, sources, self.metric if tested else None))
         return list(starts.values())
+
+    def compared(self, seeds: int | None = None) -> list[Start]:
+        return [start for start in self.starts(seeds) if start.arm.name not in self.sources]
+
+    def drawing(self, exhibit: str) -> list[str]:
+        """The command that draws the figure, to `figure`; it takes the time of locating the runs."""
+        module, *options = shlex.split(self.draws)
+        folders = [str(start.located[0]) for start in self.compared(1)]
+        return [sys.executable, "-m", module, *folders, "--figure", str(self.folder(exhibit) / "figure.png"), *options]
+
+    def folder(self, exhibit: str) -> Path:
+        """Where its comparison and its figure lie."""
+        return RUNS / "paper" / f"{exhibit}-{self.name}"
 
 
 @dataclass(frozen=True)
@@ -185,21 +223,23 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     _check(entry, _KEYS, where, needed=("shows", "metric", "scales"))
     paper = entry.get("paper", {})
     _check(paper, _PAPER_KEYS, f"{where}.paper")
-    arms = entry.get("arms", {})
+    arms, judged = entry.get("arms", {}), {key: entry[key] for key in ("metric", "draws") if key in entry}
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
-    scales = {scale: _scale(study, path, name, scale, content, arms) for scale, content in entry["scales"].items()}
-    return Exhibit(name, study, entry["shows"], entry["metric"], paper.get("values", {}), paper.get("differences", {}),
-                   paper.get("says", ""), paper.get("unknown", ""), scales)
+    scales = {scale: _scale(study, path, name, scale, content, arms, judged)
+              for scale, content in entry["scales"].items()}
+    return Exhibit(name, study, entry["shows"], _metrics(entry["metric"])[0], paper.get("values", {}),
+                   paper.get("differences", {}), paper.get("says", ""), paper.get("unknown", ""), scales)
 
 
-def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict) -> Scale:
+def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict) -> Scale:
     where = f"{path}: {exhibit}.scales.{name}"
     _check(content, _SCALE_KEYS, where, needed=("config",))
+    content = judged | content
     if content.get("seeds", 1) < 1:
         raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
-    for key in ("config", "init_from"):
+    for key in ("config", "runs"):
         if key in content.get("set", {}):
             raise InputError(f"{where}.set.{key}: {content['set'][key]} is no override; give it to each arm it is for")
     above = where if "arms" in content else f"{path}: {exhibit}"
@@ -207,18 +247,26 @@ def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: 
     for arm, entry in content.get("arms", arms).items():
         place = f"{above}.arms.{arm}"
         own = dict(_mapping(entry, place, empty=True))
-        given, source = own.pop("config", None), own.pop("init_from", None)
+        given, uses = own.pop("config", None), own.pop("runs", {})
         if given is None:
             of, config = _config(path, f"{study}/*", content["config"], f"{where}.config: {content['config']}")
         else:
             of, config = _config(path, given, content["config"], f"{place}.config: {given}")
-        if source is not None and (source := str(source)) not in made:
-            known = ", ".join(made) or "none"
-            raise InputError(f"{place}.init_from: {source} is no arm above this one; there is {known}")
-        made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own}, source)
+        for option, source in _mapping(uses, f"{place}.runs").items():
+            if source not in made:
+                known = ", ".join(made) or "none"
+                raise InputError(f"{place}.runs.{option}: {source} is no arm above this one; there is {known}")
+        made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own}, uses)
     if not made:
         raise InputError(f"{where}: has no arms, and neither has the exhibit")
-    return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1))
+    metrics = _metrics(content["metric"])
+    columns = metrics if isinstance(content["metric"], list) else ()
+    return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
+                 content.get("draws", ""))
+
+
+def _metrics(given: str | list[str]) -> tuple[str, ...]:
+    return tuple(given) if isinstance(given, list) else (given,)
 
 
 def _config(path: Path, given: Any, scale: str, where: str) -> tuple[str, Path]:
@@ -245,7 +293,8 @@ def _check(entry: Any, keys: dict[str, type], where: str, needed: tuple[str, ...
         if key not in keys:
             raise InputError(f"{where}.{key}: unknown key; there is {', '.join(keys)}")
         if not isinstance(value, keys[key]):
-            raise InputError(f"{where}.{key}: {value!r} should be {keys[key].__name__}")
+            kind = keys[key].__name__ if isinstance(keys[key], type) else keys[key]
+            raise InputError(f"{where}.{key}: {value!r} should be {kind}")
     for key in needed:
         if key not in entry:
             raise InputError(f"{where}: lacks {key}")

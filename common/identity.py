@@ -14,6 +14,7 @@ COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_cli
                    "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
                "data.max_unreadable", "model.picture_epochs")
+RUNS = ("init_from", "continue_from", "data.autoencoder")  # whose values may be run folders
 # Options of what is done with a trained run, which answers to all of them.
 AFTERWARDS = ("model.predict.", "model.evaluation.")
 
@@ -53,12 +54,12 @@ def config_hash(config: dict[str, Any]) -> str:
 def arm_hash(config: dict[str, Any]) -> str:
     """Equal for runs that differ in seed alone.
 
-    The seed of the run whose weights they start from is no further difference: runs/mae/digits-nano-p1-s3 is a repeat
-    of runs/mae/digits-nano-p1-s0.
+    The seed of the run that they start from is no further difference: runs/mae/digits-nano-p1-s3 is a repeat of
+    runs/mae/digits-nano-p1-s0.
     """
     keys = {key: value for key, value in covered(config).items() if key != "seed_everything"}
-    if "init_from" in keys:  # -s3 ends a part of the path, or stands before the hash of a run's further overrides
-        keys["init_from"] = re.sub(r"-s\d+(?=(-[0-9a-f]{6})?(/|$))", "-s*", str(keys["init_from"]))
+    for key in keys.keys() & set(RUNS):  # -s3 ends a part of the path, or stands before the hash of further overrides
+        keys[key] = re.sub(r"-s\d+(?=(-[0-9a-f]{6})?(/|$))", "-s*", str(keys[key]))
     return _digest(keys)
 
 

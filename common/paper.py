@@ -1,14 +1,15 @@
 """python -m common.paper list | show ID | run ID --scale demo: the paper's tables and figures, arm by arm.
 
-`run` trains the arms one after another, and each after the arm whose weights it starts from. The same command goes on
-where it stopped: finished arms are skipped, since their run folders say so. At the end it compares them, in
-runs/paper/ID-SCALE/.
+`run` trains the arms one after another, and each after the arms whose runs it uses; samples of generative models are
+then judged by `test`. The same command goes on where it stopped: finished arms are skipped, since their run folders say
+so. At the end it compares them, in runs/paper/ID-SCALE/.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -22,15 +23,13 @@ from common.command import run_command
 from common.compare import draw_figure, markdown, print_table, write
 from common.comparison import Comparison
 from common.errors import InputError
-from common.exhibits import Exhibit, Scale, Start, read_exhibits
+from common.exhibits import RUNS, Exhibit, Scale, Start, read_exhibits
 from common.runs import changed_source, find_runs, read_run
-
-RUNS = Path("runs")
 
 
 def state(start: Start) -> str:
-    """finished, unfinished, failed, unreadable, missing, or what a changed YAML leaves behind: another config, and
-    weights other than those that its source has now.
+    """finished, not tested, unfinished, failed, unreadable, missing, or what a changed YAML leaves behind: another
+    config, and weights other than those that its source has now.
     """
     folder, expected_hash = start.located
     if not (folder / "results.json").is_file():
@@ -38,7 +37,10 @@ def state(start: Start) -> str:
     run = read_run(folder)
     if run.results.get("config_hash", expected_hash) != expected_hash:
         return "another config"
-    return "of other weights" if changed_source(run.results) else run.status
+    if changed_source(run.results):
+        return "of other weights"
+    untested = run.status == "finished" and start.judged_by and start.judged_by not in run.results["metrics"]
+    return "not tested" if untested else run.status
 
 
 def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
@@ -65,13 +67,18 @@ def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
         starts = scale.starts()
         yield ""
         yield f"{name}: {scale.shows or 'as published'}; arms: {len(scale.arms)}, seeds: {scale.seeds}"
+        if scale.metric != exhibit.metric:
+            yield f"  judged by {scale.metric}"
         for config in dict.fromkeys(arm.config for arm in scale.arms):
             yield f"  hyper-parameters: {os.path.relpath(config)}, whose first lines name their sources:"
             yield from (f"    {line}" for line in _leading_comment(config))
         yield f"  overrides on the command line: {exhibit.study}/paper.yaml"
         for start in starts:
             yield f"  # {start.arm.name}, seed {start.seed}"
-            yield f"  {start}"
+            yield from (f"  {start.shown(stage)}" for stage in start.stages)
+        if scale.draws:
+            yield "  # the figure"
+            yield f"  {shlex.join(['python', *scale.drawing(exhibit.id)[1:]])}"
 
 
 def _leading_comment(config: Path) -> Iterator[str]:
@@ -82,51 +89,61 @@ def _leading_comment(config: Path) -> Iterator[str]:
 
 
 def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
-    """Trains what is not finished, then compares. Returns the exit code of the arm that stopped it, or 0."""
+    """Trains and tests what is not finished, then compares. Returns the exit code of what stopped it, or 0."""
     starts = scale.starts(seeds)
     for number, start in enumerate(starts, 1):
         place = f"{exhibit.id} {scale.name}, {number} of {len(starts)}: {start.arm.name}, seed {start.seed}"
         if state(start) == "finished":
             print(f"{place}: finished, in {start.located[0]}", flush=True)
-        else:
+            continue
+        for source in start.sources.values():
             # A training may stop early and leave with 0, as with trainer.max_time.
-            if start.source and (there := state(start.source)) != "finished":
-                print(f"{place}: not started, since its weights are to come from {start.source.located[0]}, which is "
-                      f"{there}; the same command goes on there", file=sys.stderr)
+            if (there := state(source)) != "finished":
+                print(f"{place}: not started, since it is to use {source.located[0]}, which is {there}; the same "
+                      "command goes on there", file=sys.stderr)
                 return 1
-            print(f"{place}\n{start}", flush=True)
-            code = subprocess.run(start.command).returncode
-            if code:
-                mended = "once that is mended, " if code == 2 else ""
-                print(f"{place}: stopped with exit code {code}; {mended}the same command goes on there",
-                      file=sys.stderr)
-                return code if code > 0 else 128 - code  # ended by a signal: as a shell reports it
-    compared = [start for start in starts if start.arm.name not in scale.sources]
-    report(exhibit, scale, {start.located[0]: start.arm.name for start in compared})
-    return 0
+        for stage in start.stages:
+            if (state(start) == "not tested") == (stage == "test"):
+                print(f"{place}\n{start.shown(stage)}", flush=True)
+                if code := _called(start.command(stage), place):
+                    return code
+    report(exhibit, scale, {start.located[0]: start.arm.name for start in scale.compared(seeds)})
+    return _called(scale.drawing(exhibit.id), f"{exhibit.id} {scale.name}, its figure") if scale.draws else 0
+
+
+def _called(command: list[str], place: str) -> int:
+    """The exit code of a command, of which `place` speaks where it is not 0."""
+    code = subprocess.run(command).returncode
+    if code:
+        mended = "once that is mended, " if code == 2 else ""
+        print(f"{place}: stopped with exit code {code}; {mended}the same command goes on there", file=sys.stderr)
+    return code if code >= 0 else 128 - code  # ended by a signal: as a shell reports it
 
 
 def report(exhibit: Exhibit, scale: Scale, folders: Mapping[Path, str]) -> None:
     """Prints the comparison, and writes its figure and Markdown below runs/paper/."""
-    comparison = Comparison(find_runs(folders), labels=folders)
+    comparison = Comparison(find_runs(folders), scale.columns, labels=folders)
     title = f"{exhibit.id}: {scale.shows or exhibit.shows}"
-    lines = [*(f"paper: {statement}" for statement in exhibit.statements), *measured_differences(exhibit, comparison)]
+    measured = measured_differences(exhibit, scale.metric, comparison)
+    lines = [*(f"paper: {statement}" for statement in exhibit.statements), *measured]
     print(f"\n{title}")
     print_table(comparison)
     print("\n".join(lines))
-    folder = RUNS / "paper" / f"{exhibit.id}-{scale.name}"
+    folder = scale.folder(exhibit.id)
     text = f"# {title}\n\n{markdown(comparison)}\n" + "".join(f"- {line}\n" for line in lines)
-    write(folder / "comparison.md", f"{text}\n![curves](comparison.png)\n")
-    draw_figure(comparison, folder / "comparison.png", title, exhibit.metric)
+    figures = ["![curves](comparison.png)", *["![figure](figure.png)"] * bool(scale.draws)]
+    write(folder / "comparison.md", "\n".join([text, *figures]) + "\n")
+    curve = None if scale.metric.startswith("test/") else scale.metric  # a test has one value and no curve
+    draw_figure(comparison, folder / "comparison.png", title, curve)
 
 
-def measured_differences(exhibit: Exhibit, comparison: Comparison) -> Iterator[str]:
+def measured_differences(exhibit: Exhibit, metric: str, comparison: Comparison) -> Iterator[str]:
     """The differences that the paper states, as measured here, for the arms that ran."""
-    values = {group.label: group.statistic(exhibit.metric) for group in comparison.groups}
+    values = {group.label: group.statistic(metric) for group in comparison.groups}
     for pair in exhibit.differences:
         one, other = (values.get(arm) for arm in pair.split(" - "))
         if one and other:
-            yield f"here: {exhibit.metric}: {pair} = {one.mean - other.mean:+.2f} (n = {min(one.n, other.n)})"
+            yield f"here: {metric}: {pair} = {one.mean - other.mean:+.2f} (n = {min(one.n, other.n)})"
 
 
 def _parser(exhibits: Mapping[str, Exhibit]) -> argparse.ArgumentParser:

@@ -21,11 +21,12 @@ from common.runs import trained as trained_as
 ROOT = Path(__file__).parent.parent
 IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9")
 MAE_IDS = ("T4a", "T4b")
+DIFFUSION_IDS = ("T5", "T6", "F3")
 CHAIN = {
     "arms": {
         "S/2": {"model.patch_size": 2},
         "before": {"config": "mae/*", "model.patch_size": 1},
-        "S/1": {"config": "mae/*_finetune", "init_from": "before", "model.patch_size": 1},
+        "S/1": {"config": "mae/*_finetune", "runs": {"init_from": "before"}, "model.patch_size": 1},
     },
     "scales": {"demo": {"config": "tiny_set", "seeds": 2}},
 }
@@ -60,17 +61,17 @@ def test_arms_expand_to_commands(exhibits):
     """An arm's own override beats the scale's, every seed runs all arms, and values are typed as YAML reads them."""
     starts = exhibits()["X1"].scale("demo").starts()
     assert [(start.arm.name, start.seed) for start in starts] == [("S/2", 0), ("S/1", 0), ("S/2", 1), ("S/1", 1)]
-    assert str(starts[3]) == (
+    assert starts[3].stages == ("fit",) and starts[3].shown("fit") == (
         "python -m supervised fit --config supervised/configs/tiny_set.yaml --model.patch_size 1 "
         "--data.image_size '[8, 8]' --model.drop_path null --seed_everything 1")
-    assert [str(start) for start in exhibits()["X1"].scale("paper").starts()] == [
+    assert [start.shown("fit") for start in exhibits()["X1"].scale("paper").starts()] == [
         "python -m supervised fit --config supervised/configs/tiny_set.yaml --model.qk_norm true --seed_everything 0"]
     assert len(exhibits()["X1"].scale("demo").starts(seeds=5)) == 10
 
 
 def test_an_arm_may_have_another_study_and_start_from_another_arm(exhibits, folders):
     """* is the scale's config, and each seed starts from the run of its own seed."""
-    assert [str(start) for start in exhibits(**CHAIN)["X1"].scale("demo").starts()] == [
+    assert [start.shown("fit") for start in exhibits(**CHAIN)["X1"].scale("demo").starts()] == [
         f"python -m {study} fit --config {study}/configs/{name}.yaml --model.patch_size {patch} "
         f"--seed_everything {seed}{source}"
         for seed in (0, 1) for study, name, patch, source in [
@@ -93,16 +94,18 @@ def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
     ({"scales": {"demo": {"config": "tiny_set", "seeds": 0}}}, r"scales.demo.seeds: 0"),
     ({"scales": {"demo": {"config": "tiny_set", "arms": {"a": 3}}}}, r"scales.demo.arms.a: 3 is not a mapping"),
     ({"arms": {}, "paper": {}}, r"X1.scales.demo: has no arms"),
-    ({"arms": {"S/2": {"init_from": "S/1"}, "S/1": {}}},
-     r"paper.yaml: X1.arms.S/2.init_from: S/1 is no arm above this one; there is none"),
-    ({"scales": {"demo": {"config": "tiny_set", "arms": {"a": {}, "b": {}, "c": {"init_from": "S/2"}}}}},
-     r"paper.yaml: X1.scales.demo.arms.c.init_from: S/2 is no arm above this one; there is a, b"),
-    ({"arms": {"S/2": {"init_from": "S/2"}, "S/1": {}}}, r"X1.arms.S/2.init_from: S/2 is no arm above"),
+    ({"arms": {"S/2": {"runs": {"init_from": "S/1"}}, "S/1": {}}},
+     r"paper.yaml: X1.arms.S/2.runs.init_from: S/1 is no arm above this one; there is none"),
+    ({"scales": {"demo": {"config": "tiny_set", "arms": {"a": {}, "b": {}, "c": {"runs": {"data.x": "S/2"}}}}}},
+     r"paper.yaml: X1.scales.demo.arms.c.runs.data.x: S/2 is no arm above this one; there is a, b"),
+    ({"arms": {"S/2": {"runs": {"init_from": "S/2"}}, "S/1": {}}}, r"X1.arms.S/2.runs.init_from: S/2 is no arm above"),
+    ({"arms": {"S/2": {"runs": "S/2"}, "S/1": {}}}, r"X1.arms.S/2.runs: 'S/2' is not a mapping"),
+    ({"metric": 3}, r"X1.metric: 3 should be str \| list"),
     ({"arms": {"S/2": {"config": "mae/*_probe"}, "S/1": {}}},
      r"X1.arms.S/2.config: mae/\*_probe; there is no file mae/configs/tiny_set_probe.yaml"),
     ({"arms": {"S/2": {"config": "tiny_set"}, "S/1": {}}}, r"X1.arms.S/2.config: tiny_set is not STUDY/NAME"),
-    ({"scales": {"demo": {"config": "tiny_set", "set": {"init_from": "S/2"}}}},
-     r"X1.scales.demo.set.init_from: S/2 is no override"),
+    ({"scales": {"demo": {"config": "tiny_set", "set": {"runs": {"init_from": "S/2"}}}}},
+     r"X1.scales.demo.set.runs: .* is no override"),
     ({"paper": {"differences": {"S/1 - S/9": 1}}}, r"X1.paper: S/9 is none of the arms S/2, S/1"),
 ])
 def test_malformed_exhibits_are_named(exhibits, changes, message):
@@ -122,7 +125,7 @@ def test_show_names_sources_statements_and_commands(exhibits):
     text = "\n".join(paper.show(exhibit, {"demo": exhibit.scale("demo")}))
     for part in ("val/acc1: S/1 - S/2 = +1.5", "unknown: both values", "hyper-parameters: supervised/configs/tiny_set",
                  "Where lr of supervised/configs/tiny_set.yaml comes from.\n    \n    Steps: 9.", "# S/1, seed 1",
-                 str(exhibit.scale("demo").starts()[0])):
+                 exhibit.scale("demo").starts()[0].shown("fit")):
         assert text.count(part) == 1  # both arms have one config
     with pytest.raises(InputError, match="--scale gpu: X1 has no such scale; it has demo, paper"):
         exhibit.scale("gpu")
@@ -141,7 +144,7 @@ def folders(monkeypatch):
     """Run folders where the test says, so that what is done with them is tested apart from the command line."""
 
     def located(start):
-        name = f"{start.arm.config.stem}-p{start.arm.overrides['model.patch_size']}-s{start.seed}"
+        name = f"{start.arm.config.stem}-p{start.arm.overrides.get('model.patch_size', 1)}-s{start.seed}"
         return Path("runs") / start.arm.study / name, "hash"
 
     monkeypatch.setattr(Start, "located", property(located))
@@ -149,23 +152,36 @@ def folders(monkeypatch):
 
 @pytest.fixture
 def study(exhibits, folders, tmp_path):
-    """A stand-in for `python -m STUDY fit`: it writes a finished run folder, or leaves with exit code 3.
+    """A stand-in for `python -m STUDY fit|test`: it writes a finished run folder, or leaves with exit code 3.
 
-    With a file `early` the pre-training leaves before its end, with exit code 0.
+    With a file `early` the pre-training leaves before its end, with exit code 0. `test` adds `test/fid`. And one for a
+    command that draws.
     """
+    (tmp_path / "drawing.py").write_text('''
+import pathlib, sys
+with open("calls", "a") as calls:
+    print("drawing", *sys.argv[1:], file=calls)
+if pathlib.Path("undrawable").exists():
+    sys.exit(2)
+''')
     for name in ("supervised", "mae"):
         (tmp_path / name / "__init__.py").touch()
         (tmp_path / name / "__main__.py").write_text('''
 import json, pathlib, sys
-options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-patch, seed = int(options["--model.patch_size"]), int(options["--seed_everything"])
+word, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
+patch, seed = int(options.get("--model.patch_size", 1)), int(options["--seed_everything"])
 study, config = pathlib.Path(__file__).parent.name, pathlib.Path(options["--config"]).stem
 source = options.get("--init_from")
 folder = pathlib.Path(f"runs/{study}/{config}-p{patch}-s{seed}")
 with open("calls", "a") as calls:
-    print(folder, *[source] * bool(source), file=calls)
+    print(*["test"] * (word == "test"), folder, *[source] * bool(source), file=calls)
 if pathlib.Path("broken").exists() and patch == 1:
     sys.exit(3)
+if word == "test":
+    results = json.loads((folder / "results.json").read_text())
+    results["metrics"] |= {"test/fid": 10 * patch + seed, "test/sfid": 1.0}
+    (folder / "results.json").write_text(json.dumps(results))
+    sys.exit(0)
 folder.mkdir(parents=True, exist_ok=True)
 before = study == "mae" and not source
 metrics = {"val/loss": 0.5} if before else {"val/acc1": 90 + 4 / patch + seed}
@@ -227,6 +243,60 @@ def test_a_run_that_starts_from_another_comes_after_it_and_is_compared_alone(stu
     assert paper._states(chain.scale("demo")) == "6 finished"
 
 
+# Chains of the kind that generation is: what serves all seeds, a test after the training, a figure of its own
+GENERATED = {
+    "metric": "val/loss",
+    "arms": {
+        "S/2": {"model.patch_size": 2},
+        "judge": {"config": "mae/*", "seed_everything": 0},
+        "S/1": {"runs": {"init_from": "judge"}, "model.patch_size": 1},
+    },
+    "scales": {
+        "demo": {"config": "tiny_set", "seeds": 2, "metric": ["test/fid", "test/sfid"], "draws": "drawing --rows 2"},
+        "paper": {"config": "tiny_set"},
+    },
+}
+
+
+def test_an_arm_of_one_seed_serves_all(study):
+    starts = study(**GENERATED)["X1"].scale("demo").starts(3)
+    assert [(start.arm.name, start.seed) for start in starts] == [
+        ("S/2", 0), ("judge", 0), ("S/1", 0), ("S/2", 1), ("S/1", 1), ("S/2", 2), ("S/1", 2)]
+    assert all(start.shown("fit").endswith("--init_from runs/mae/tiny_set-p1-s0") for start in starts[2::2])
+
+
+def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd):
+    generated = study(**GENERATED)["X1"]
+    scale = generated.scale("demo")
+    judge, before = "runs/mae/tiny_set-p1-s0", paper._states(scale)
+    assert before == "5 missing" and paper.run(generated, scale, None) == 0
+    runs = [[f"runs/supervised/tiny_set-p2-s{seed}", *[judge] * (seed == 0),
+             f"runs/supervised/tiny_set-p1-s{seed} {judge}"] for seed in (0, 1)]
+    expected = [line for seed in runs for run in seed for line in [run, *[f"test {run}"] * (run != judge)]]
+    drawn = ("drawing runs/supervised/tiny_set-p2-s0 runs/supervised/tiny_set-p1-s0 "
+             "--figure runs/paper/X1-demo/figure.png --rows 2")
+    assert calls() == [*expected, drawn]
+    out = capfd.readouterr().out
+    assert "20.50 ± 0.71 (2)" in out and "10.50 ± 0.71 (2) *" in out and "1.0000 ± 0.0000 (2)" in out
+    assert "here: test/fid: S/1 - S/2 = -10.00 (n = 2)" in out
+    assert "![figure](figure.png)" in Path("runs/paper/X1-demo/comparison.md").read_text()
+    shown = "\n".join(paper.show(generated, {"demo": scale}))
+    assert "judged by val/loss" in shown and "judged by test/fid" in shown and f"  python -m {drawn}" in shown
+    assert shown.count("python -m supervised test ") == 4 and "python -m mae test" not in shown
+
+    # A run that was trained and not tested is tested alone; the figure is drawn again.
+    path = Path("runs/supervised/tiny_set-p1-s1/results.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"val/loss": 1.0}}))
+    assert paper._states(scale) == "4 finished, 1 not tested"
+    Path("undrawable").touch()
+    assert paper.run(generated, scale, None) == 2
+    assert calls()[len(expected) + 1 :] == [f"test {runs[1][1]}", drawn]
+    assert "X1 demo, its figure: stopped with exit code 2" in capfd.readouterr().err
+
+    # At a scale that is judged by a validation nothing is tested.
+    assert [start.stages for start in generated.scale("paper").starts()] == [("fit",)] * 3
+
+
 def test_weights_come_from_a_finished_run_only(study, capfd):
     """Neither after a failure nor after an early end with exit code 0, which a limit of time is."""
     chain = study(**CHAIN)["X1"]
@@ -274,7 +344,7 @@ def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     shutil.copy(ROOT / "supervised" / "configs" / "digits.yaml", tmp_path / "supervised" / "configs")
     short = {"trainer.max_epochs": 1, "model.optim.warmup_epochs": 0, "model.depth": 1, "model.patch_size": 4}
-    arms = {"short": short, "on": {"init_from": "short", **short}}
+    arms = {"short": short, "on": {"runs": {"init_from": "short"}, **short}}
     scale = exhibits(scales={"demo": {"config": "digits", "arms": arms}})["X1"].scale("demo")
     assert paper.run(read_exhibits(tmp_path)["X1"], scale, None) == 0
     assert paper._states(scale) == "2 finished"
@@ -322,7 +392,7 @@ def test_mae_exhibits(name):
         plain = [(arm.config, arm.overrides) for arm in exhibits["T3a"].scale(scale.name).arms]
         assert all((arm.config, arm.overrides) in plain for arm in (scratch2, scratch1))
         for before, tuned, patch in [(before2, tuned2, 2), (before1, tuned1, 1)]:
-            assert tuned.init_from == before.name and same_model(tuned) == same_model(before)
+            assert tuned.runs == {"init_from": before.name} and same_model(tuned) == same_model(before)
             assert tuned.overrides["model.patch_size"] == patch
             assert (tuned.study, tuned.config.stem) == ("mae", f"{before.config.stem}_finetune")
     depth = {"T4a": {}, "T4b": {"model.depth": 6}}[name]
@@ -334,7 +404,30 @@ def test_mae_exhibits(name):
     assert lengths == [(20, 2), (20, 2), (100, 5), (100, 5), (20, 2), (20, 2)]
 
 
-@pytest.mark.parametrize("name", IDS + MAE_IDS)
+def test_diffusion_exhibits():
+    """T6 goes on from the runs of T5, which F3 draws; all of the demo's are of one autoencoder and one classifier."""
+    exhibits = read_exhibits()
+    assert {name: exhibits[name].values for name in DIFFUSION_IDS} == {
+        "T5": {}, "T6": {"L/1": 2.68, "L/2": 2.89}, "F3": {}}
+    for scale, compared in [("demo", ["nano/2", "nano/1"]), ("paper", ["L/2", "L/1"])]:
+        arms = {name: {start.arm.name: start for start in exhibits[name].scale(scale).compared()}
+                for name in DIFFUSION_IDS}
+        assert all(list(arms[name]) == compared for name in DIFFUSION_IDS)
+        for arm, start in arms["T5"].items():
+            assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
+            before = arms["T6"][arm].sources["continue_from"]
+            assert before.shown("fit") == start.shown("fit") and before.stages == ("fit",)
+            epochs = {"demo": 400, "paper": 1400}[scale]
+            assert arms["T6"][arm].arm.overrides["trainer.max_epochs"] == epochs
+    folders = {str(start.sources[option].located[0]) for seed in range(3)
+               for start in exhibits["T5"].scale("demo").compared(3)[2 * seed :][:2] for option in start.sources}
+    assert folders == {"runs/diffusion/autoencoder_digits-s0", "runs/supervised/digits-nano-p2-s0"}
+    assert exhibits["T5"].scale("demo").metric == "test/fd_digits-nano-p2-s0"
+    assert exhibits["T5"].scale("paper").columns == (
+        "test/fid", "test/sfid", "test/inception_score", "test/precision", "test/recall")
+
+
+@pytest.mark.parametrize("name", IDS + MAE_IDS + DIFFUSION_IDS)
 def test_every_arm_parses_on_the_real_command_line(name, monkeypatch):
     """Every override is a key of its config, and no two arms of a scale fall into one run folder."""
     monkeypatch.chdir(ROOT)
@@ -344,7 +437,8 @@ def test_every_arm_parses_on_the_real_command_line(name, monkeypatch):
         for start in starts:
             assert start.located[0].parent == Path("runs", start.arm.study)
             assert start.located[0].name.split("-")[0] == start.arm.config.stem
-            assert shlex.split(str(start)) == ["python", "-m", start.arm.study, "fit", *start.arguments]
+            for stage in start.stages:
+                assert shlex.split(start.shown(stage)) == ["python", "-m", start.arm.study, stage, *start.arguments]
 
 
 def test_an_arm_shares_the_run_of_the_plain_command(monkeypatch):
