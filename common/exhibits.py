@@ -60,9 +60,9 @@ STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs")
 
-_KEYS = {"shows": str, "metric": str | list, "draws": str, "paper": dict, "arms": dict, "scales": dict}
+_KEYS = {"shows": str, "metric": object, "draws": str, "paper": dict, "arms": dict, "scales": dict}
 _PAPER_KEYS = {"values": dict, "differences": dict, "says": str, "unknown": str}
-_SCALE_KEYS = {"config": str, "shows": str, "metric": str | list, "draws": str, "set": dict, "arms": dict, "seeds": int}
+_SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "set": dict, "arms": dict, "seeds": int}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Scale:
     seeds: int
     metric: str
     columns: tuple[str, ...]
-    draws: str
+    draws: tuple[str, ...]
 
     @property
     def sources(self) -> set[str]:
@@ -160,7 +160,7 @@ class Scale:
 
     def drawing(self, exhibit: str) -> list[str]:
         """The command that draws the figure, to `figure`; it takes the time of locating the runs."""
-        module, *options = shlex.split(self.draws)
+        module, *options = self.draws
         folders = [str(start.located[0]) for start in self.compared(1)]
         return [sys.executable, "-m", module, *folders, "--figure", str(self.folder(exhibit) / "figure.png"), *options]
 
@@ -223,19 +223,21 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     _check(entry, _KEYS, where, needed=("shows", "metric", "scales"))
     paper = entry.get("paper", {})
     _check(paper, _PAPER_KEYS, f"{where}.paper")
+    metrics = _metrics(entry["metric"], where)
     arms, judged = entry.get("arms", {}), {key: entry[key] for key in ("metric", "draws") if key in entry}
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
     scales = {scale: _scale(study, path, name, scale, content, arms, judged)
               for scale, content in entry["scales"].items()}
-    return Exhibit(name, study, entry["shows"], _metrics(entry["metric"])[0], paper.get("values", {}),
+    return Exhibit(name, study, entry["shows"], metrics[0], paper.get("values", {}),
                    paper.get("differences", {}), paper.get("says", ""), paper.get("unknown", ""), scales)
 
 
 def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict) -> Scale:
     where = f"{path}: {exhibit}.scales.{name}"
     _check(content, _SCALE_KEYS, where, needed=("config",))
+    drawn = where if "draws" in content else f"{path}: {exhibit}"
     content = judged | content
     if content.get("seeds", 1) < 1:
         raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
@@ -253,20 +255,38 @@ def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: 
         else:
             of, config = _config(path, given, content["config"], f"{place}.config: {given}")
         for option, source in _mapping(uses, f"{place}.runs").items():
-            if source not in made:
+            if str(source) not in made:
                 known = ", ".join(made) or "none"
                 raise InputError(f"{place}.runs.{option}: {source} is no arm above this one; there is {known}")
-        made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own}, uses)
+        made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own},
+                             {option: str(source) for option, source in uses.items()})
     if not made:
         raise InputError(f"{where}: has no arms, and neither has the exhibit")
-    metrics = _metrics(content["metric"])
+    metrics = _metrics(content["metric"], where)
     columns = metrics if isinstance(content["metric"], list) else ()
     return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
-                 content.get("draws", ""))
+                 _drawing(path, content["draws"], f"{drawn}.draws") if "draws" in content else ())
 
 
-def _metrics(given: str | list[str]) -> tuple[str, ...]:
-    return tuple(given) if isinstance(given, list) else (given,)
+def _metrics(given: Any, where: str) -> tuple[str, ...]:
+    metrics = tuple(given) if isinstance(given, list) else (given,)
+    if not metrics or not all(isinstance(metric, str) for metric in metrics):
+        raise InputError(f"{where}.metric: {given!r} is neither a tag, such as val/acc1, nor a list of tags")
+    return metrics
+
+
+def _drawing(path: Path, given: str, where: str) -> tuple[str, ...]:
+    """A module beside the study of `path`, and its options: a mistake is not to show after hours of training."""
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise InputError(f"{where}: {given}: {error}") from error
+    if not words:
+        raise InputError(f"{where}: {given!r} names no module, such as diffusion.side_by_side")
+    module = Path(os.path.relpath(path.parent / ".." / f"{words[0].replace('.', '/')}.py"))
+    if not module.is_file():
+        raise InputError(f"{where}: {words[0]} is no module; there is no file {module}")
+    return tuple(words)
 
 
 def _config(path: Path, given: Any, scale: str, where: str) -> tuple[str, Path]:
@@ -293,8 +313,7 @@ def _check(entry: Any, keys: dict[str, type], where: str, needed: tuple[str, ...
         if key not in keys:
             raise InputError(f"{where}.{key}: unknown key; there is {', '.join(keys)}")
         if not isinstance(value, keys[key]):
-            kind = keys[key].__name__ if isinstance(keys[key], type) else keys[key]
-            raise InputError(f"{where}.{key}: {value!r} should be {kind}")
+            raise InputError(f"{where}.{key}: {value!r} should be {keys[key].__name__}")
     for key in needed:
         if key not in entry:
             raise InputError(f"{where}: lacks {key}")

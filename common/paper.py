@@ -107,8 +107,15 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
                 print(f"{place}\n{start.shown(stage)}", flush=True)
                 if code := _called(start.command(stage), place):
                     return code
-    report(exhibit, scale, {start.located[0]: start.arm.name for start in scale.compared(seeds)})
-    return _called(scale.drawing(exhibit.id), f"{exhibit.id} {scale.name}, its figure") if scale.draws else 0
+        if state(start) == "not tested":
+            folder = start.located[0]
+            tags = [tag for tag in sorted(read_run(folder).results["metrics"]) if tag.startswith("test/")]
+            raise InputError(f"{exhibit.study}/paper.yaml: {exhibit.id}, scale {scale.name}: metric {start.judged_by}: "
+                             f"the test of {folder} did not measure it; there is {', '.join(tags) or 'none of test/'}")
+    code = _called(scale.drawing(exhibit.id), f"{exhibit.id} {scale.name}, its figure") if scale.draws else 0
+    folders = {start.located[0]: start.arm.name for start in scale.compared(seeds)}
+    report(exhibit, scale, folders, drawn=bool(scale.draws) and code == 0)
+    return code
 
 
 def _called(command: list[str], place: str) -> int:
@@ -120,7 +127,7 @@ def _called(command: list[str], place: str) -> int:
     return code if code >= 0 else 128 - code  # ended by a signal: as a shell reports it
 
 
-def report(exhibit: Exhibit, scale: Scale, folders: Mapping[Path, str]) -> None:
+def report(exhibit: Exhibit, scale: Scale, folders: Mapping[Path, str], drawn: bool) -> None:
     """Prints the comparison, and writes its figure and Markdown below runs/paper/."""
     comparison = Comparison(find_runs(folders), scale.columns, labels=folders)
     title = f"{exhibit.id}: {scale.shows or exhibit.shows}"
@@ -131,7 +138,7 @@ def report(exhibit: Exhibit, scale: Scale, folders: Mapping[Path, str]) -> None:
     print("\n".join(lines))
     folder = scale.folder(exhibit.id)
     text = f"# {title}\n\n{markdown(comparison)}\n" + "".join(f"- {line}\n" for line in lines)
-    figures = ["![curves](comparison.png)", *["![figure](figure.png)"] * bool(scale.draws)]
+    figures = ["![curves](comparison.png)", *["![figure](figure.png)"] * drawn]
     write(folder / "comparison.md", "\n".join([text, *figures]) + "\n")
     curve = None if scale.metric.startswith("test/") else scale.metric  # a test has one value and no curve
     draw_figure(comparison, folder / "comparison.png", title, curve)

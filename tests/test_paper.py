@@ -100,7 +100,13 @@ def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
      r"paper.yaml: X1.scales.demo.arms.c.runs.data.x: S/2 is no arm above this one; there is a, b"),
     ({"arms": {"S/2": {"runs": {"init_from": "S/2"}}, "S/1": {}}}, r"X1.arms.S/2.runs.init_from: S/2 is no arm above"),
     ({"arms": {"S/2": {"runs": "S/2"}, "S/1": {}}}, r"X1.arms.S/2.runs: 'S/2' is not a mapping"),
-    ({"metric": 3}, r"X1.metric: 3 should be str \| list"),
+    ({"arms": {"S/2": {}, "S/1": {"runs": {"init_from": ["S/2"]}}}}, r"S/1.runs.init_from: \['S/2'\] is no arm above"),
+    ({"metric": 3}, r"paper.yaml: X1.metric: 3 is neither a tag, such as val/acc1, nor a list of tags"),
+    ({"metric": []}, r"X1.metric: \[\] is neither"),
+    ({"scales": {"demo": {"config": "tiny_set", "metric": ["val/loss", 3]}}}, r"scales.demo.metric: .*3\] is neither"),
+    ({"draws": "mae.drawing --x 1"}, r"yaml: X1.draws: mae.drawing is no module; there is no file mae/drawing.py"),
+    ({"draws": "mae.drawing 'x"}, r"X1.draws: mae.drawing 'x: No closing quotation"),
+    ({"scales": {"demo": {"config": "tiny_set", "draws": " "}}}, r"X1.scales.demo.draws: ' ' names no module"),
     ({"arms": {"S/2": {"config": "mae/*_probe"}, "S/1": {}}},
      r"X1.arms.S/2.config: mae/\*_probe; there is no file mae/configs/tiny_set_probe.yaml"),
     ({"arms": {"S/2": {"config": "tiny_set"}, "S/1": {}}}, r"X1.arms.S/2.config: tiny_set is not STUDY/NAME"),
@@ -154,8 +160,8 @@ def folders(monkeypatch):
 def study(exhibits, folders, tmp_path):
     """A stand-in for `python -m STUDY fit|test`: it writes a finished run folder, or leaves with exit code 3.
 
-    With a file `early` the pre-training leaves before its end, with exit code 0. `test` adds `test/fid`. And one for a
-    command that draws.
+    With a file `early` the pre-training leaves before its end, with exit code 0; with `early2` every training of patch
+    size 2 does. `test` adds `test/fid`. And one for a command that draws.
     """
     (tmp_path / "drawing.py").write_text('''
 import pathlib, sys
@@ -180,12 +186,14 @@ if pathlib.Path("broken").exists() and patch == 1:
 if word == "test":
     results = json.loads((folder / "results.json").read_text())
     results["metrics"] |= {"test/fid": 10 * patch + seed, "test/sfid": 1.0}
+    results["evaluation"] = {"samples": 8}
     (folder / "results.json").write_text(json.dumps(results))
     sys.exit(0)
 folder.mkdir(parents=True, exist_ok=True)
 before = study == "mae" and not source
 metrics = {"val/loss": 0.5} if before else {"val/acc1": 90 + 4 / patch + seed}
-results = {"status": "running" if before and pathlib.Path("early").exists() else "finished",
+early = before and pathlib.Path("early").exists() or patch == 2 and pathlib.Path("early2").exists()
+results = {"status": "running" if early else "finished",
            "seed": seed, "metrics": metrics, "headline": next(iter(metrics)), "higher_is_better": not before,
            "patch_size": patch, "dataset": "digits", "epochs": 1, "batch_size": 8}
 (folder / "results.json").write_text(json.dumps(results))
@@ -290,11 +298,37 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
     assert paper._states(scale) == "4 finished, 1 not tested"
     Path("undrawable").touch()
     assert paper.run(generated, scale, None) == 2
+    assert "![figure]" not in Path("runs/paper/X1-demo/comparison.md").read_text()
     assert calls()[len(expected) + 1 :] == [f"test {runs[1][1]}", drawn]
     assert "X1 demo, its figure: stopped with exit code 2" in capfd.readouterr().err
 
     # At a scale that is judged by a validation nothing is tested.
     assert [start.stages for start in generated.scale("paper").starts()] == [("fit",)] * 3
+
+
+def test_a_training_that_ended_early_is_not_tested(study):
+    generated = study(**GENERATED)["X1"]
+    Path("early2").touch()
+    assert paper.run(generated, generated.scale("demo"), 1) == 0
+    assert [call for call in calls() if call.startswith("test")] == [
+        "test runs/supervised/tiny_set-p1-s0 runs/mae/tiny_set-p1-s0"]
+    assert paper._states(generated.scale("demo")) == "2 finished, 2 missing, 1 unfinished"
+
+
+def test_a_test_that_does_not_measure_the_metric_stops_at_the_first_arm(study):
+    demo = {"config": "tiny_set", "metric": "test/fd_judge"}
+    generated = study(**GENERATED | {"scales": {"demo": demo}})["X1"]
+    with pytest.raises(InputError, match="supervised/paper.yaml: X1, scale demo: metric test/fd_judge: the test of "
+                                         "runs/supervised/tiny_set-p2-s0 did not .*; there is test/fid, test/sfid"):
+        paper.run(generated, generated.scale("demo"), None)
+    assert len(calls()) == 2
+
+
+def test_a_scale_may_draw_otherwise(study):
+    scales = {"demo": {"config": "tiny_set"}, "paper": {"config": "tiny_set", "draws": "drawing --rows 3"}}
+    exhibit = study(**GENERATED | {"draws": "drawing", "scales": scales})["X1"]
+    assert {name: scale.draws for name, scale in exhibit.scales.items()} == {
+        "demo": ("drawing",), "paper": ("drawing", "--rows", "3")}
 
 
 def test_weights_come_from_a_finished_run_only(study, capfd):
@@ -324,6 +358,8 @@ def test_states_follow_the_run_folders(exhibits, folders):
     assert paper._states(scale) == "1 failed, 1 finished, 1 missing, 1 unfinished"
     (folder / "results.json").write_text('{"status": "finished", "config_hash": "other", "seed": 0, "metrics": {}}')
     assert paper._states(scale) == "1 another config, 1 finished, 1 missing, 1 unfinished"
+    (folder / "results.json").write_text('{"status": "finished", "seed": 0}')  # without metrics
+    assert paper._states(scale) == "1 finished, 1 missing, 1 unfinished, 1 unreadable"
 
 
 def test_a_config_without_runs_needs_no_parser(exhibits, monkeypatch):

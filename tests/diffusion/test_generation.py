@@ -1,6 +1,10 @@
 """Training a diffusion Transformer and sampling from it, as a user sees it."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +178,40 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
     assert outcome.code == 2 and "16 images for 16 features" in outcome.err
     outcome = generation("test", *options, "--model.evaluation.extractor", "inception")
     assert outcome.code == 2 and "fetch https://github.com/toshas/torch-fidelity" in outcome.err
+
+
+def test_two_processes_sample_and_judge_as_one(generation: Callable, command: Callable, tmp_path: Path) -> None:
+    """40 samples in batches of 16 and a rest, some of which are there before."""
+    assert command("fit", "--run_name", "judge").code == 0
+    assert generation("fit").code == 0
+    shutil.copytree(tmp_path / "runs/diffusion/a", tmp_path / "runs/diffusion/b")
+    options = ["--model.predict.steps", "3", "--model.predict.samples", "40", "--data.eval_batch_size", "16",
+               "--model.evaluation.extractor", "runs/supervised/judge"]  # fmt: skip
+    assert generation("test", *options).code == 0
+    one = results(tmp_path)
+    assert generation("predict", *options, "--run_name", "b", "--model.predict.samples", "5").code == 0
+    argv = [sys.executable, "-m", "diffusion", "test", "--config", "runs/diffusion/b/config.yaml", "--run_name", "b",
+            *options, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(DIGITS.parents[2])}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "runs/diffusion/b/results.json").read_text())
+    name = "samples/step18-ddim3-g1.5-s0"
+    for file in (tmp_path / "runs/diffusion/a" / name).glob("*.png"):
+        ours, theirs = (np.array(Image.open(tmp_path / "runs/diffusion" / run / name / file.name)).astype(int)
+                        for run in "ab")
+        assert abs(ours - theirs).max() <= 1
+    judged, again = ({tag: value for tag, value in found["metrics"].items() if tag.startswith("test/")}
+                     for found in (one, two))  # fmt: skip
+    assert again == pytest.approx(judged, rel=0.02)
+    assert two["evaluation"] == one["evaluation"]
+    assert done.stdout.count("40 samples ->") == 1  # one of them speaks
+
+
+def test_a_loss_that_is_no_number_stops_the_training(generation: Callable, tmp_path: Path) -> None:
+    outcome = generation("fit", "--model.optim.lr", "1e30", "--trainer.log_every_n_steps", "1")
+    assert outcome.code == 1 and "train/loss is nan at step" in outcome.err and outcome.err.count("failed:") == 1
+    assert results(tmp_path)["status"] == "failed"
 
 
 # Weights from elsewhere
