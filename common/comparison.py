@@ -11,10 +11,14 @@ from common.identity import differing
 from common.runs import Group, Run, digits, group_runs
 
 BUDGET = ("dataset", "epochs", "batch_size")  # two arms that differ here answer another question
+# And so do samples that were made or judged otherwise.
+JUDGED = ("samples", "solver", "steps", "guidance", "guidance_channels", "weights", "extractor_sha256",
+          "reference_sha256", "reference_statistics")
 MARK = "†"
 _DESCRIBED = ("study", "dataset", "size", "patch_size", "position", "pool", "lr", "epochs", "batch_size", "parameters")
-_LOWER_IS_BETTER = ("loss", "rmse", "rae", "log10", "fid", "sfid", "fd")
-_HIGHER_IS_BETTER = ("acc1", "acc5", "delta1", "delta2", "delta3", "inception", "precision", "recall")
+_LOWER_IS_BETTER = ("loss", "rmse", "rae", "log10", "fid", "sfid", "fd", "rfid", "rfd", "mse", "l1", "perceptual")
+_HIGHER_IS_BETTER = ("acc1", "acc5", "delta1", "delta2", "delta3", "inception", "precision", "recall", "classifier",
+                     "agreement", "psnr", "ssim")
 _SHOWN = ("acc1", "acc5", "rmse", "rae", "fid", "sfid", "inception_score", "precision", "recall")
 
 
@@ -65,9 +69,13 @@ class Comparison:
         return True if name in _HIGHER_IS_BETTER else False if name in _LOWER_IS_BETTER else None
 
     def mark(self, group: Group) -> str:
-        """How the data or the budget of a group differ from the baseline's; empty where they are the same."""
-        return ", ".join(f"{key} {group[key]} instead of {self.baseline[key]}" for key in BUDGET
-                         if group[key] != self.baseline[key])
+        """How the data, the budget or the judging of a group differ from the baseline's; empty where they are the same.
+        """
+        pairs = [(key, group[key], self.baseline[key]) for key in BUDGET]
+        ours, theirs = group["evaluation"], self.baseline["evaluation"]
+        if ours and theirs:
+            pairs += [(f"evaluation's {key}", ours.get(key), theirs.get(key)) for key in JUDGED]
+        return ", ".join(f"{key} {our} instead of {their}" for key, our, their in pairs if our != their)
 
     def difference(self, group: Group, tag: str) -> float | None:
         """Mean of the group minus the baseline's."""

@@ -278,3 +278,22 @@ def test_two_hundred_runs_are_read_quickly(make_run):
 def test_read_run_keeps_what_the_folder_says(make_run):
     run = read_run(make_run("r", 90.0, status="running", epoch=3))
     assert (run.status, run.problem, run.seed) == ("unfinished", "at epoch 3 of 10", 0)
+
+
+# Samples of generative models
+
+
+def test_samples_that_were_judged_otherwise_are_marked(make_run, tmp_path):
+    """Fewer of them, more guidance: no difference of the models. A smaller distance is the better one."""
+    judged = {"samples": 1000, "solver": "ddim", "guidance": 1.5, "extractor_sha256": "e", "autoencoder_sha256": "a"}
+    for name, patch, fd, other in [("p2", 2, 3.0, {}), ("p1", 1, 2.0, {"autoencoder_sha256": "b"}),
+                                   ("g", 4, 1.0, {"guidance": 4.0, "samples": 500})]:  # fmt: skip
+        metrics = {"val/loss": 0.1, "test/fd_judge": fd, "test/agreement_judge": 90.0}
+        make_run(name, 0, patch=patch, metrics=metrics, evaluation=judged | other)
+    runs = find_runs([tmp_path / "runs" / "supervised"])
+    comparison = Comparison(runs, ["test/fd_judge", "test/agreement_judge"], baseline="p2")
+    marks = {group.label: comparison.mark(group) for group in comparison.groups}
+    assert marks == {"p2": "", "p1": "",
+                     "g": "evaluation's samples 500 instead of 1000, evaluation's guidance 4.0 instead of 1.5"}
+    assert [group.label for group in comparison.best("test/fd_judge")] == ["p1"]
+    assert {group.label for group in comparison.best("test/agreement_judge")} == {"p1", "p2"}
