@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +41,21 @@ class NullModel(nn.Module):
         return set()
 
 
-class NullExperiment(Experiment):
+class Timed(Experiment):
     """Measures the seconds per step of its own training."""
 
     seconds = 0.0
+
+    def on_train_batch_end(self, out: Any, batch: Any, i: int) -> None:
+        # The first step is left out: Lightning sets itself up in it. All callbacks have run when this is called.
+        if i == 0:
+            self._start = time.perf_counter()
+        else:
+            self.seconds = (time.perf_counter() - self._start) / i
+
+
+class NullExperiment(Timed):
+    """Trains the null model."""
 
     def build(self, data: GlobalBatchData) -> NullModel:
         return NullModel()
@@ -56,13 +68,6 @@ class NullExperiment(Experiment):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         return self.net(batch["image"])
-
-    def on_train_batch_end(self, out: Any, batch: Any, i: int) -> None:
-        # The first step is left out: Lightning sets itself up in it. All callbacks have run when this is called.
-        if i == 0:
-            self._start = time.perf_counter()
-        else:
-            self.seconds = (time.perf_counter() - self._start) / i
 
 
 class NullImages(Dataset):
@@ -95,16 +100,21 @@ class NullData(GlobalBatchData):
         return NullImages(self.steps * BATCH)
 
 
+def fit(study: str, runs: str | Path, name: str, *options: str) -> StudyCLI:
+    """`fit` of a study with these options for one epoch on the CPU, without validation, into a run of that name."""
+    with redirect_stdout(io.StringIO()):  # its recipe is nobody's
+        return StudyCLI(study, [
+            "fit", *options, "--runs", str(runs), "--run_name", name,
+            "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0",
+        ])  # fmt: skip
+
+
 def fitted(steps: int) -> StudyCLI:
     """`fit` of the null model for one epoch, in a run folder that is gone afterwards."""
     here = "common.benchmark.trainer_cost"
-    with tempfile.TemporaryDirectory() as runs, redirect_stdout(io.StringIO()):  # its recipe is nobody's
-        return StudyCLI("common.benchmark", [
-            "fit", "--runs", runs, "--run_name", "nothing",
-            f"--model={here}.NullExperiment", "--model.optim.lr=1e-3",
-            f"--data={here}.NullData", f"--data.steps={steps}",
-            "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0",
-        ])  # fmt: skip
+    with tempfile.TemporaryDirectory() as runs:
+        return fit("common.benchmark", runs, "nothing", f"--model={here}.NullExperiment", "--model.optim.lr=1e-3",
+                   f"--data={here}.NullData", f"--data.steps={steps}")
 
 
 def plain_loop(module: NullExperiment, batches: Iterable[dict[str, Tensor]]) -> float:

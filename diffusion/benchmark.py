@@ -1,0 +1,271 @@
+"""What generation costs beside the obvious alternative, on the CPU; a GPU is not used.
+
+  step      the training step under the Trainer of `fit`, with curves, progress, run folder, TensorBoard and average,
+            against the same net, loss, AdamW and average in a plain loop; both under bf16
+  latents   images that training reads as cached latents, against images that are encoded as they come
+  sampling  guided samples in batches, both predictions in one forward, against one sample at a time in two forwards
+
+The sides take turns, and each figure is the median over rounds of what was measured side by side. The result is
+Markdown with command, hardware and versions, ready for RESULTS.md; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.utils.data import Dataset
+
+from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.report import check_counts, circumstances, table
+from common.benchmark.trainer_cost import Timed, fit, without_lightning
+from common.command import run_command
+from common.data.loader import Draw, GlobalBatchData
+from common.training.cli import StudyCLI, quieten
+from diffusion import latents
+from diffusion.dit import DiT
+from diffusion.generation import Generation
+from diffusion.latent_data import LatentData
+from diffusion.process import GaussianDiffusion
+from diffusion.sampling import Sampler
+
+MODES = ("step", "latents", "sampling")
+BATCH = 128  # of training, as in the config
+SAMPLED_AT_ONCE = 64
+CHANNELS, SIDE, CLASSES = 4, 8, 10  # of the latents of a step, and of samples
+GUIDANCE = 1.5
+CONFIGS = Path(__file__).parent / "configs"
+RECIPE = ("--config", str(CONFIGS / "digits.yaml"), "--model.optim.warmup_epochs=0")  # the config's outlasts our epoch
+STEP_COLUMNS = ("model", "latents", "batch", "plain loop ms", "Trainer ms", "Trainer / plain loop (quartiles)")
+LATENTS_COLUMNS = ("autoencoder", "latents", "encoded images/s", "cached images/s", "times as fast (quartiles)")
+SAMPLING_COLUMNS = ("model", "one by one, samples/s", "in batches, samples/s", "times as fast (quartiles)")
+
+
+# The training step
+
+
+class TensorSet(Dataset):
+    """Random latents with labels, in memory."""
+
+    def __init__(self, images: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.latents = torch.randn(images, CHANNELS, SIDE, SIDE, generator=generator)
+        self.labels = torch.randint(CLASSES, (images,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        epoch, index, place = torch.tensor(draws).T
+        return {"image": self.latents[index], "label": self.labels[index], "epoch": epoch, "index": index,
+                "place": place}  # fmt: skip
+
+
+class RandomLatents(GlobalBatchData):
+    """As many batches as there are steps.
+
+    Args:
+        steps: of the one epoch.
+    """
+
+    dataset, image_size, channels = "random latents", (SIDE, SIDE), CHANNELS
+    input_size, input_channels, classes, fingerprint = image_size, channels, CLASSES, None  # as LatentData's
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(BATCH)
+        self.steps = steps
+
+    def load(self, split: str) -> TensorSet:
+        return TensorSet(self.steps * BATCH)
+
+
+class TimedGeneration(Timed, Generation):
+    """Generation that measures its own step; the data are none that an autoencoder made."""
+
+    data_class = RandomLatents
+
+
+def trained(patch_size: int, steps: int) -> StudyCLI:
+    """`fit` for one epoch, in a run folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as runs:
+        return fit("diffusion", runs, "step", *RECIPE, "--model=diffusion.benchmark.TimedGeneration",
+                   f"--model.patch_size={patch_size}", "--data=diffusion.benchmark.RandomLatents",
+                   f"--data.steps={steps}", "--trainer.precision=bf16-mixed")  # fmt: skip
+
+
+def plain_loop(module: Generation, data: RandomLatents) -> float:
+    """Seconds per step of the same training in the loop that one would write by hand."""
+    recipe, process, images = module.optim, module.process, data.sets["train"]
+    net = module.build(data)
+    weights, average = list(net.parameters()), list(copy.deepcopy(net).parameters())
+    optimizer = AdamW(weights, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    with without_lightning():
+        for step, chosen in enumerate(torch.randperm(len(images)).split(BATCH)):
+            x0, labels = images.latents[chosen], images.labels[chosen]
+            t, noise, drops = torch.randint(process.steps, (BATCH,)), torch.randn_like(x0), torch.rand(BATCH)
+            with torch.autocast("cpu", torch.bfloat16):
+                output = net(process.q_sample(x0, t, noise), t, labels, drops)
+                mse, bound = process.training_losses(output, x0, t, noise)
+                loss = (mse + bound).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, weights, 1 - recipe.ema)
+            if step == 0:
+                start = time.perf_counter()
+        return (time.perf_counter() - start) / step
+
+
+def measure_step(patch_size: int, steps: int, rounds: int) -> tuple[str, ...]:
+    """A row of the table; a round is a whole run of the Trainer and of the plain loop."""
+    cli = trained(patch_size, steps)  # imports and first calls are over before the clock runs
+    seconds = interleaved({
+        "plain loop": lambda: plain_loop(cli.model, cli.datamodule),
+        "Trainer": lambda: trained(patch_size, steps).model.seconds,
+    }, rounds)  # fmt: skip
+    return (
+        f"nano/{patch_size}", f"{SIDE}x{SIDE}x{CHANNELS}", str(BATCH),
+        *(f"{1e3 * statistics.median(values):.1f}" for values in seconds.values()),
+        f"{ratios(seconds['plain loop'], seconds['Trainer']):.3f}",
+    )  # fmt: skip
+
+
+# Reading latents
+
+
+def latent_data(kind: str, folder: Path) -> dict[str, LatentData]:
+    """The data of a training on the embedded autoencoder's latents: encoded as they come, and cached in `folder`."""
+    once = "--trainer.limit_train_batches=1"  # weights are good enough for their speed
+    config = str(CONFIGS / "autoencoder_digits.yaml")
+    autoencoder = fit("diffusion", folder, f"autoencoder-{kind}", "--config", config, "--model.kind", kind, once)
+    options = [*RECIPE, "--data.autoencoder", str(autoencoder.folder)]
+    cache = folder / f"latents-{kind}"
+    with redirect_stdout(None):
+        latents.main([str(cache), *options])
+    data = {}
+    for side, more in {"encoded": [], "cached": ["--data.latents", str(cache)]}.items():
+        cli = fit("diffusion", folder, f"{side}-{kind}", *options, *more, once)
+        cli.trainer.training = True  # as it was in the epoch that is over
+        data[side] = cli.datamodule
+    return data
+
+
+def batches(data: LatentData) -> Iterator[dict[str, Tensor]]:
+    """An epoch as a model is given it."""
+    for batch in data.train_dataloader():
+        yield data.on_after_batch_transfer(batch, 0)
+
+
+def images_read(data: LatentData) -> int:
+    return sum(len(batch["image"]) for batch in batches(data))
+
+
+def measure_latents(kind: str, rounds: int) -> tuple[str, ...]:
+    """A row of the table; a round is an epoch of both sides."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = latent_data(kind, Path(folder))
+        images = {side: images_read(some) for side, some in data.items()}  # and the first calls are over
+        seconds = interleaved({side: timed(partial(images_read, some)) for side, some in data.items()}, rounds)
+    speeds = (f"{images[side] / statistics.median(values):,.0f}" for side, values in seconds.items())
+    shape = "x".join(map(str, (*data["cached"].input_size, data["cached"].input_channels)))
+    return kind, shape, *speeds, f"{ratios(seconds['cached'], seconds['encoded']):.1f}"
+
+
+# Sampling
+
+
+def in_batches(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
+    chunks = zip(numbers.split(SAMPLED_AT_ONCE), labels.split(SAMPLED_AT_ONCE), strict=True)
+    return torch.cat([sampler(net, *chunk) for chunk in chunks])
+
+
+@torch.no_grad()
+def one_by_one(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
+    """The same samples in the loop that one would write by hand around diffusers' DDIM."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(trained_betas=sampler.process.betas.numpy(), timestep_spacing="linspace",
+                              clip_sample=False)  # fmt: skip
+    scheduler.set_timesteps(sampler.steps)
+    samples, nothing = [], torch.tensor([net.classes])
+    for number, label in zip(numbers.split(1), labels.split(1), strict=True):
+        x = sampler.noise("sample", number, (net.channels, *net.input_size))
+        for timestep in scheduler.timesteps:
+            conditional = net(x, timestep[None], label)[:, : net.channels]
+            null = net(x, timestep[None], nothing)[:, : net.channels]
+            x = scheduler.step(null + sampler.guidance * (conditional - null), timestep, x).prev_sample
+        samples.append(x)
+    return torch.cat(samples)
+
+
+def measure_sampling(patch_size: int, samples: int, steps: int, rounds: int) -> tuple[str, ...]:
+    """A row of the table; a round is all samples of both sides."""
+    torch.manual_seed(0)
+    net = DiT(SIDE, patch_size, CHANNELS, CLASSES, size="nano").eval()
+    sampler = Sampler(GaussianDiffusion(), "ddim", steps, GUIDANCE, guidance_channels=CHANNELS)
+    numbers = torch.arange(samples)
+    sides = {side: partial(side, net, sampler, numbers, numbers % CLASSES) for side in (one_by_one, in_batches)}
+    for side in sides.values():
+        side()  # imports and first calls are over before the clock runs
+    seconds = interleaved({side: timed(sampled) for side, sampled in sides.items()}, rounds)
+    speeds = (f"{samples / statistics.median(values):,.1f}" for values in seconds.values())
+    return f"nano/{patch_size}", *speeds, f"{ratios(seconds[in_batches], seconds[one_by_one]):.2f}"
+
+
+# The command
+
+
+def results(options: argparse.Namespace) -> Iterator[str]:
+    if options.mode in ("step", "all"):
+        rows = [measure_step(patch_size, options.steps, options.rounds) for patch_size in (1, 2)]
+        yield from ("", f"Training step under bf16, {options.steps} steps:", "", *table(STEP_COLUMNS, rows))
+    if options.mode in ("latents", "all"):
+        rows = [measure_latents(kind, options.rounds) for kind in ("vq", "kl")]
+        yield from ("", "Latents of digits for training, by the autoencoder of autoencoder_digits.yaml:", "")
+        yield from table(LATENTS_COLUMNS, rows)
+    if options.mode in ("sampling", "all"):
+        rows = [measure_sampling(patch_size, options.samples, options.solver_steps, options.rounds)
+                for patch_size in (1, 2)]
+        yield from ("", f"{options.samples} samples of {SIDE}x{SIDE}x{CHANNELS} in batches of {SAMPLED_AT_ONCE}, "
+                        f"{options.solver_steps} steps of DDIM, guidance {GUIDANCE}, fp32:", "")
+        yield from table(SAMPLING_COLUMNS, rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m diffusion.benchmark", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", choices=[*MODES, "all"], default="all", help="default: all")
+    for name, default, text in [
+        ("rounds", 15, "pairs that a median is taken over"),
+        ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
+        ("steps", 20, "step: steps of each round"),
+        ("samples", 64, "sampling: samples of each round"),
+        ("solver_steps", 10, "sampling: steps of DDIM"),
+    ]:
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    check_counts(options, rounds=1, threads=1, steps=2, samples=1, solver_steps=2)
+    torch.set_num_threads(options.threads)
+    quieten()
+    for line in [*circumstances("diffusion.benchmark", arguments, options.rounds), *results(options)]:
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
