@@ -16,6 +16,7 @@ from common.data.loader import Draw
 from common.errors import InputError
 
 SPLITS = ("train", "val")
+AGAIN = "remove it and run python -m diffusion.latents again, which writes what is missing"
 
 
 class LatentSet(Dataset):
@@ -42,8 +43,10 @@ class LatentSet(Dataset):
         if augment is not None and augment.flip and not index["flips"]:
             raise InputError(f"data.latents: {folder} holds no mirror images, and data.augment.flip is {augment.flip}")
         self.images, self.shard = index["images"], index["shard"]
-        self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
-        self.shards = [np.load(path, mmap_mode="r") for path in shard_files(self.folder, self.images, self.shard)]
+        self.labels = torch.from_numpy(_load(self.folder / "labels.npy", self.images, 1).copy())
+        files = shard_files(self.folder, self.images, self.shard)
+        self.shards = [_load(path, min(self.shard, self.images - number * self.shard), 5)
+                       for number, path in enumerate(files)]
 
     def __len__(self) -> int:
         return self.images
@@ -64,7 +67,28 @@ def read_index(folder: Path, split: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"data.latents: {folder} holds no finished {split} split; python -m diffusion.latents "
                          f"{folder} writes it, or goes on with it")
-    return json.loads(path.read_text())
+    index = read_json(path)
+    if not isinstance(index, dict) or not {"fingerprint", "images", "shard", "flips"} <= index.keys():
+        raise InputError(f"{path}: no index of latents; {AGAIN}")
+    return index
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error
+
+
+def _load(path: Path, rows: int, dimensions: int) -> np.ndarray:
+    """An array of so many rows and dimensions, mapped into memory."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error
+    if array.ndim != dimensions or len(array) != rows:
+        raise InputError(f"{path}: damaged, an array of shape {array.shape} in place of {rows} rows; {AGAIN}")
+    return array
 
 
 def shard_files(folder: Path, images: int, shard: int) -> list[Path]:

@@ -24,7 +24,7 @@ from common.data.augment import PLAIN
 from common.data.loader import Draw
 from common.errors import InputError
 from common.training.run import write_atomically
-from diffusion.latent_set import SPLITS, shard_files
+from diffusion.latent_set import SPLITS, read_json, shard_files
 
 if TYPE_CHECKING:
     from diffusion.latent_data import LatentData
@@ -61,7 +61,7 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
     index = {"fingerprint": autoencoder.fingerprint(), "dataset": data.dataset, "images": len(images), "shard": SHARD,
              "image_size": data.image_size, "flips": flips}  # fmt: skip
     started = folder / split / "started.json"
-    if started.is_file() and json.loads(started.read_text()) != json.loads(json.dumps(index)):
+    if started.is_file() and read_json(started) != json.loads(json.dumps(index)):
         raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; name another folder")
     write_atomically(started, json.dumps(index))
     begun = time.perf_counter()

@@ -269,8 +269,8 @@ class StudyCLI(LightningCLI):
             return False
         # Steps logged after the checkpoint, by a start that was killed, are dropped from the curves.
         steps = None
-        if self.subcommand == "fit" and self.checkpoint and self.checkpoint.parent.parent == self.folder:
-            steps = read(self.checkpoint)["global_step"] + 1
+        if self.subcommand == "fit":
+            steps = (read(self.checkpoint)["global_step"] if self.checkpoint else 0) + 1
         return TensorBoardLogger(str(self.folder.parent), name="", version=self.folder.name, default_hp_metric=False,
                                  purge_step=steps)
 

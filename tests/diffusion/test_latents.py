@@ -1,9 +1,15 @@
 """Cached latents: the same batches as images encoded as they come, and refusals of what does not belong together."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +25,7 @@ from diffusion.latent_set import LatentSet
 from diffusion.latents import main
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
+IMAGES = ["--data.image_size", "8", "--data.augment.interpolation", "bilinear"]
 OPTIONS = {"image_channels": 1, "channels": 2, "base": 8, "multipliers": (1, 1), "res_blocks": 1, "groups": 4,
            "codebook_size": 16, "attention": "none"}  # fmt: skip
 
@@ -34,7 +41,7 @@ def save(path: Path, kind: str, seed: int = 0) -> Path:
 
 
 def encode(folder: Path, autoencoder: Path, *more: str) -> int:
-    return main([str(folder), "--config", str(DIGITS), "--data.autoencoder", str(autoencoder), *more])
+    return main([str(folder), "--config", str(DIGITS), "--data.autoencoder", str(autoencoder), *IMAGES, *more])
 
 
 def batches(autoencoder: Path, latents: Path | None, epoch: int, split: str = "train") -> dict[str, torch.Tensor]:
@@ -82,6 +89,86 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys: pytest
     assert kept.stat().st_mtime_ns == written and "train: 1,000 of 1,197 images" in capsys.readouterr().out
 
 
+# The real command on small shards; given a shard's file, it kills itself when it has written half of that.
+COMMAND = """
+import io, os, signal, sys
+from diffusion import latents
+latents.SHARD, save, (half, *arguments) = 25, latents.np.save, sys.argv[1:]
+def dying(file, array):
+    if not half or not file.name.endswith(half):
+        return save(file, array)
+    whole = io.BytesIO()
+    save(whole, array)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+latents.np.save = dying
+latents.main(arguments)
+"""
+
+
+def start(folder: Path, autoencoder: Path, half: str = "") -> subprocess.Popen:
+    arguments = [folder, "--config", DIGITS, "--data.autoencoder", autoencoder, *IMAGES, "--data.augment.flip", "0.5"]
+    argv = [sys.executable, "-c", COMMAND, half, *map(str, arguments)]
+    return subprocess.Popen(argv, cwd=DIGITS.parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_at_any_moment_it_writes_the_same_files(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(latents_room, "SHARD", 25)  # 48 shards
+    autoencoder = save(tmp_path / "autoencoder.ckpt", "kl")
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    encode(whole, autoencoder, "--data.augment.flip", "0.5")
+
+    process, deadline = start(folder, autoencoder), time.monotonic() + 120
+    while not (folder / "train/00000.npy").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = len(list((folder / "train").glob("*.npy")))
+    assert 1 <= done < 47
+
+    process = start(folder, autoencoder, f"train/{done + 1:05d}.tmp")
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    encode(folder, autoencoder, "--data.augment.flip", "0.5")
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == files
+    assert not [name for name in files if (folder / name).read_bytes() != (whole / name).read_bytes()]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an autoencoder and its latents, three shards of them in training."""
+    monkeypatch.setattr(latents_room, "SHARD", 500)
+    encode(tmp_path / "latents", save(tmp_path / "autoencoder.ckpt", "vq"))
+    return tmp_path
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def fill(content: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(content)
+
+
+MISSING = [("00001.npy", Path.unlink), ("labels.npy", Path.unlink)]
+DAMAGED = [
+    ("00001.npy", truncate), ("00001.npy", fill(b"")), ("00001.npy", fill(b"garbage")), ("labels.npy", truncate),
+    ("00002.npy", lambda path: path.write_bytes(path.with_name("labels.npy").read_bytes())),
+    ("index.json", fill(b"garbage")), ("index.json", fill(b"\xff")), ("index.json", fill(b"{}")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, harm", [*MISSING, *DAMAGED])
+def test_damage_is_named(command: Callable, cache: Path, name: str, harm: Callable[[Path], Any]) -> None:
+    harm(cache / "latents/train" / name)
+    options = [*IMAGES, "--data.autoencoder", cache / "autoencoder.ckpt", "--data.latents", cache / "latents"]
+    outcome = command("fit", *options, "--run_name", "a", config=DIGITS, study="diffusion")
+    assert outcome.code == 2, outcome.err
+    assert f"latents/train/{name}" in outcome.err and len(outcome.err.splitlines()) == 1
+
+
 def test_another_autoencoder_is_refused(tmp_path: Path) -> None:
     first, second = save(tmp_path / "1.ckpt", "vq"), save(tmp_path / "2.ckpt", "vq", seed=1)
     encode(tmp_path / "latents", first)
@@ -107,11 +194,11 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path, more: list[str], mess
 def test_a_model_trains_on_latents_and_its_samples_are_images(command: Callable, tmp_path: Path) -> None:
     autoencoder = save(tmp_path / "autoencoder.ckpt", "kl")
     encode(tmp_path / "latents", autoencoder)
-    options = ["--data.autoencoder", autoencoder, "--run_name", "a", "--model.patch_size", "2",
+    options = [*IMAGES, "--data.autoencoder", autoencoder, "--run_name", "a", "--model.patch_size", "2",
                "--model.picture_steps", "2", "--model.predict.samples", "3", "--model.predict.steps", "2"]  # fmt: skip
     for latents in ([], ["--data.latents", tmp_path / "latents"]):
         outcome = command("fit", *options, *latents, "--overwrite", config=DIGITS, study="diffusion")
         assert outcome.code == 0, outcome.err
         assert "4x4x2" in outcome.out
     outcome = command("predict", *options, "--data.latents", tmp_path / "latents", config=DIGITS, study="diffusion")
-    assert outcome.code == 0 and "3 of 3 samples" in outcome.out, outcome.err
+    assert outcome.code == 0 and "3 samples -> " in outcome.out, outcome.err

@@ -10,45 +10,63 @@ from pathlib import Path
 import pytest
 import torch
 
-# Everything that has a state or draws random numbers: EMA, drop path, augmentation, mixup, masks, micro-batches.
+# Everything that has a state or draws random numbers: EMA, drop path, augmentation, mixup, masks, micro-batches, noise,
+# label dropout, a discriminator (from step 1 on, felt from step 3 on) with batch norm, counts of a codebook.
 COMMANDS = {
-    "supervised": [
+    "supervised/configs/digits.yaml": [
         "--trainer.max_epochs", "3", "--model.drop_path", "0.2", "--model.mixup", "0.8", "--model.cutmix", "1.0",
         "--data.augment.flip", "0.5",
     ],
-    "mae": [
+    "mae/configs/digits.yaml": [
         "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2", "--model.picture_epochs", "0",
         "--data.augment.crop_scale", "[0.3,1.0]", "--data.augment.flip", "0.5",
     ],
+    "diffusion/configs/autoencoder_digits.yaml": [
+        "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12", "--model.picture_epochs", "0",
+        "--model.adversary.start", "3", "--model.adversary.warmup", "2", "--data.augment.flip", "0.5",
+    ],
+    "diffusion/configs/digits.yaml": [
+        "--trainer.max_epochs", "6", "--model.patch_size", "2", "--model.picture_epochs", "0",
+        "--data.autoencoder", "null", "--data.image_size", "8", "--data.augment.interpolation", "bilinear",
+        "--data.augment.flip", "0.5",
+    ],
 }  # fmt: skip
+SUPERVISED, MAE, AUTOENCODER, GENERATION = COMMANDS
 COMMON = ["--run_name", "run", "--model.optim.ema", "0.9", "--model.optim.warmup_epochs", "1",
           "--data.batch_per_device", "32", "--checkpoint.every_n_steps", "2"]  # fmt: skip
 
 
-def start(runs: Path, *more: str, study: str = "supervised") -> subprocess.Popen:
-    options = ["--config", f"{study}/configs/digits.yaml", "--runs", str(runs), *COMMON, *COMMANDS[study], *more]
+def start(runs: Path, *more: str, config: str = SUPERVISED) -> subprocess.Popen:
+    study = config.split("/")[0]
+    options = ["--config", config, "--runs", str(runs), *COMMON, *COMMANDS[config], *more]
     command = [sys.executable, "-m", study, "fit", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(runs: Path, *more: str, study: str = "supervised") -> Path:
-    process = start(runs, *more, study=study)
+def checkpoints_of(runs: Path, config: str) -> Path:
+    return runs / config.split("/")[0] / "run" / "checkpoints"
+
+
+def finish(runs: Path, *more: str, config: str = SUPERVISED) -> Path:
+    process = start(runs, *more, config=config)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    return runs / study / "run" / "checkpoints"
+    return checkpoints_of(runs, config)
 
 
-def tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(checkpoints / "last.ckpt", weights_only=True)
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(path, weights_only=True)
     states = {f"{k}.{name}": v for k, s in checkpoint["optimizer_states"][0]["state"].items() for name, v in s.items()}
     return {**checkpoint["state_dict"], **{f"ema.{k}": v for k, v in checkpoint["ema"]["state_dict"].items()}, **states}
 
 
 def assert_identical(one: Path, other: Path) -> None:
-    ours, theirs = tensors(one), tensors(other)
-    assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different, different
+    """The last checkpoint and the one before, which was written in mid-epoch."""
+    for name in ("last.ckpt", "previous.ckpt"):
+        ours, theirs = tensors(one / name), tensors(other / name)
+        assert ours.keys() == theirs.keys()
+        different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+        assert not different, (name, different)
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +74,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(tmp_path_factory.mktemp("undisturbed"))
 
 
-def kill_and_finish(runs: Path, seed: int, kills: int, workers: int, study: str = "supervised") -> Path:
-    """Kills at random moments after the training has begun; every other time in the middle of writing a checkpoint."""
+def written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def kill_and_finish(runs: Path, seed: int, kills: int, workers: int, config: str = SUPERVISED) -> Path:
+    """Kills at random moments after the training has begun; every other time as soon as it writes a checkpoint."""
     draw = random.Random(seed)
-    folder = runs / study / "run" / "checkpoints"
+    folder = checkpoints_of(runs, config)
     for kill in range(kills):
-        process = start(runs, "--data.workers", str(workers), study=study)
-        before = (folder / "last.ckpt").stat().st_mtime_ns if (folder / "last.ckpt").exists() else 0
+        watched = [folder / "last.ckpt", *[folder / "last.ckpt.tmp"] * (kill % 2)]
+        before = max(map(written, watched))
+        process = start(runs, "--data.workers", str(workers), config=config)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if kill % 2 and (folder / "last.ckpt.tmp").exists():
-                break
-            if not kill % 2 and (folder / "last.ckpt").exists() and (folder / "last.ckpt").stat().st_mtime_ns > before:
-                time.sleep(draw.uniform(0, 1.0))
-                break
+        while process.poll() is None and max(map(written, watched)) <= before and time.monotonic() < deadline:
             time.sleep(0.0005)
+        if not kill % 2:
+            time.sleep(draw.uniform(0, 1.0))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    return finish(runs, "--data.workers", str(workers), study=study)
+    return finish(runs, "--data.workers", str(workers), config=config)
 
 
 @pytest.mark.parametrize("seed, kills, workers", [(0, 2, 0), (1, 1, 2)])
@@ -83,11 +106,15 @@ def test_killed_runs_end_bit_identical(undisturbed: Path, tmp_path: Path, seed: 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_killed_pretraining_ends_bit_identical(tmp_path: Path) -> None:
-    whole = finish(tmp_path / "whole", study="mae")
-    killed = kill_and_finish(tmp_path / "killed", 1, 1, 0, study="mae")
+@pytest.mark.parametrize("config, kills", [(MAE, 1), (AUTOENCODER, 2), (GENERATION, 1)])
+def test_the_other_studies_end_bit_identical_too(tmp_path: Path, config: str, kills: int) -> None:
+    whole = finish(tmp_path / "whole", config=config)
+    killed = kill_and_finish(tmp_path / "killed", 1, kills, 0, config=config)
     assert_identical(whole, killed)
-    assert len(list(killed.parent.glob("events.out.tfevents.*"))) == 2  # it was not over when it was killed
+    starts = list(killed.parent.glob("events.out.tfevents.*"))
+    assert len(starts) == kills + 1  # it was not over when it was killed
+    counts = tensors(killed / "previous.ckpt").get("code_counts")
+    assert (counts is not None and counts.sum() > 0) == (config == AUTOENCODER)  # of the epoch so far
 
 
 @pytest.mark.soak
