@@ -22,6 +22,7 @@ from diffusion.fingerprint import fingerprint
 from diffusion.image_sets import ROUNDING, Folder, Prepared, to_uint8
 from diffusion.initialisation import initialise_dit
 from diffusion.latent_data import LatentData
+from diffusion.metrics import refuse_few
 from diffusion.pictures import grid
 from diffusion.process import GaussianDiffusion
 from diffusion.samples import PUBLISHED, SampleFolder, Sampling
@@ -204,8 +205,14 @@ class Generation(Experiment):
     # Test: the same samples, judged
 
     def on_test_epoch_start(self) -> None:
-        inception = self.trainer.datamodule.root / INCEPTION_FILE
-        self.extractor = [load_extractor(self.evaluation.extractor, inception)]  # in a list: no part of me
+        judging, inception = self.evaluation, self.trainer.datamodule.root / INCEPTION_FILE
+        self.extractor = [load_extractor(judging.extractor, inception)]  # in a list: no part of me
+        # What is known to fail is refused before the sampling, which may take hours.
+        if judging.reference and not Path(judging.reference).exists():
+            raise InputError(f"model.evaluation.reference: there is no folder or file {judging.reference}; null takes "
+                             "the training images")
+        if not judging.allow_few_samples:
+            refuse_few(self.predict.samples, self.extractor[0].features, "model.predict.samples")
         self._open_folder()
 
     def test_step(self, batch: dict[str, Any], _: int) -> None:

@@ -86,7 +86,8 @@ class LatentData(ImageData):
     @cached_property
     def fingerprint(self) -> str | None:
         """The autoencoder's, which a model belongs to that was trained on its latents."""
-        return self.autoencoder and self.autoencoder.fingerprint()
+        autoencoder = self.load_autoencoder()
+        return autoencoder and autoencoder.fingerprint()
 
     def setup(self, stage: str) -> None:
         self.load_autoencoder()

@@ -86,6 +86,7 @@ class SampleFolder:
         Raises:
             InputError: they came about otherwise than `record` says.
         """
+        self.path.mkdir(parents=True, exist_ok=True)  # on every rank, which may be the first to write
         there = read_record(self.path)
         if not there and any(self.path.glob("*.png")):
             raise InputError(f"{self.path}: holds images but no {RECORD} of how they were made; move them away")

@@ -453,7 +453,7 @@ def test_diffusion_exhibits():
             assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
             before = arms["T6"][arm].sources["continue_from"]
             assert before.shown("fit") == start.shown("fit") and before.stages == ("fit",)
-            epochs = {"demo": 300, "paper": 1400}[scale]
+            epochs = {"demo": 400, "paper": 1400}[scale]
             assert arms["T6"][arm].arm.overrides["trainer.max_epochs"] == epochs
     folders = {str(start.sources[option].located[0]) for seed in range(3)
                for start in exhibits["T5"].scale("demo").compared(3)[2 * seed :][:2] for option in start.sources}

@@ -174,10 +174,15 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
     assert outcome.code == 0, outcome.err
     assert results(tmp_path)["evaluation"]["reference"] == "reference"
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*.png"))] == times
+    # What cannot be judged is not sampled.
+    shutil.rmtree(folder.parent)
     outcome = generation("test", *options, "--model.predict.samples", "16")
-    assert outcome.code == 2 and "16 images for 16 features" in outcome.err
+    assert outcome.code == 2 and "model.predict.samples: 16 images for 16 features" in outcome.err
+    outcome = generation("test", *options, "--model.evaluation.reference", "nowhere.npz")
+    assert outcome.code == 2 and "model.evaluation.reference: there is no folder or file nowhere.npz" in outcome.err
     outcome = generation("test", *options, "--model.evaluation.extractor", "inception")
     assert outcome.code == 2 and "fetch https://github.com/toshas/torch-fidelity" in outcome.err
+    assert not folder.parent.exists()
 
 
 def test_two_processes_sample_and_judge_as_one(generation: Callable, command: Callable, tmp_path: Path) -> None:
