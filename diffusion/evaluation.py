@@ -93,10 +93,14 @@ def evaluate(
         device: where the extractor is.
         rank: of `ranks` processes, which share the images.
     """
-    of_file = isinstance(reference, Path)
-    stored = _stored(reference, extractor, metrics, device) if of_file else {}
+    stored = _stored(reference, extractor, metrics, device) if isinstance(reference, Path) else {}
     needed = [key for key in metrics if key not in (*stored, *OF_SAMPLES)]
-    images = open_images(reference, extractor.channels) if of_file and needed else None if of_file else reference
+    images = reference
+    if isinstance(reference, Path):
+        images = open_images(reference, extractor.channels) if needed else None
+    if "agreement" in metrics and (labels := samples.labels()).max() >= extractor.classes:
+        raise InputError(f"{samples.name}: of class {labels.max()}, counted from 0, where the extractor "
+                         f"{extractor.name} knows {extractor.classes} classes")
     if images and samples.size != images.size:
         raise InputError(f"{samples.name}: images of {pixels(samples.size)} pixels, where {images.name} has "
                          f"{pixels(images.size)}; bring both to one size")
@@ -117,9 +121,6 @@ def evaluate(
         "reference_images": images.images if images else 0,
         "reference_statistics": "stored" if stored else "of its images",
     }
-    if "agreement" in metrics and (labels := samples.labels()).max() >= extractor.classes:
-        raise InputError(f"{samples.name}: of class {labels.max()}, counted from 0, where the extractor "
-                         f"{extractor.name} knows {extractor.classes} classes")
     of_samples = _measured(samples, extractor, metrics, batch, device, rank, ranks)
     of_reference = _measured(images, extractor, needed, batch, device, rank, ranks) if images else {}
     values = scores(of_samples, of_reference | stored)
