@@ -21,14 +21,28 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, like th
 _FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: int64 shifts carry the sign
+# In place on what they make themselves, since a step's draws are mixed with every batch.
+
+
+def _shift(x: Tensor, bits: int, width: int = 64) -> Tensor:
+    """`width` bits of x from the bit of this number on; logical, where int64 shifts carry the sign."""
+    return (x >> bits).bitwise_and_((1 << min(width, 64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
     for bits, factor in _FACTORS:
-        x = (x ^ _shift(x, bits)) * factor
-    return x ^ _shift(x, 31)
+        x = _shift(x, bits).bitwise_xor_(x).mul_(factor)
+    return _shift(x, 31).bitwise_xor_(x)
+
+
+def _draws(bits: Tensor, n: int) -> Tensor:
+    """`n` times 64 further random bits for each element: (..., n)."""
+    return _mix(bits[..., None] + _GOLDEN * torch.arange(1, n + 1, device=bits.device))
+
+
+def _unit(bits: Tensor, first: int) -> Tensor:
+    """24 of the bits as a number in [0, 1)."""
+    return _shift(bits, first, 24).float().mul_(2.0**-24)
 
 
 def hashed(stream: str, *keys: int | Tensor) -> Tensor:
@@ -42,19 +56,17 @@ def hashed(stream: str, *keys: int | Tensor) -> Tensor:
 
 def uniform(stream: str, *keys: int | Tensor, n: int) -> Tensor:
     """`n` uniform draws in [0, 1) for each element of the broadcast keys: shape (..., n), float32 of 24 bits."""
-    bits = hashed(stream, *keys)
-    bits = _mix(bits[..., None] + _GOLDEN * torch.arange(1, n + 1, device=bits.device))
-    return _shift(bits, 40).float() * 2.0**-24
+    return _unit(_draws(hashed(stream, *keys), n), 40)
 
 
 def normal(stream: str, *keys: int | Tensor, n: int) -> Tensor:
     """`n` standard normal draws for each element of the broadcast keys: shape (..., n), float32, at most 5.8.
 
-    Pairs of uniform draws by Box and Muller (1958).
+    By Box and Muller (1958): 64 bits make a pair.
     """
-    draws = uniform(stream, *keys, n=2 * ((n + 1) // 2)).double()
-    radius, angle = (-2 * (1 - draws[..., ::2]).log()).sqrt(), 2 * math.pi * draws[..., 1::2]
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(-2)[..., :n].float()
+    bits = _draws(hashed(stream, *keys), (n + 1) // 2)
+    radius, angle = (1 - _unit(bits, 40)).log_().mul_(-2).sqrt_(), _unit(bits, 16).mul_(2 * math.pi)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(-2)[..., :n]
 
 
 def permutation(stream: str, *keys: int, n: int) -> Tensor:

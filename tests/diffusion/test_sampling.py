@@ -64,14 +64,14 @@ def dit() -> DiT:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_is_a_function_of_its_number(solver):
     net, sampler = dit(), Sampler(GaussianDiffusion(), solver, 12, guidance=1.5)
-    labels = torch.arange(7) % 3
-    whole = sampler(net, torch.arange(7), labels)
-    for numbers in ([6, 2], [0, 1, 5], [3]):
+    labels = torch.arange(40) % 3
+    whole = sampler(net, torch.arange(40), labels)  # in pieces, and some more
+    for numbers in ([6, 2], [0, 1, 5], [3], [39, 16]):
         alone = sampler(net, torch.tensor(numbers), labels[numbers])
         torch.testing.assert_close(alone, whole[numbers], atol=1e-4, rtol=1e-4)
     assert (whole[0] - whole[3]).abs().max() > 0.1  # the same class, another number
-    other = Sampler(GaussianDiffusion(), solver, 12, guidance=1.5, seed=1)(net, torch.arange(7), labels)
-    assert (other - whole).abs().amax(dim=(1, 2, 3)).min() > 0.1
+    other = Sampler(GaussianDiffusion(), solver, 12, guidance=1.5, seed=1)(net, torch.arange(7), labels[:7])
+    assert (other - whole[:7]).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
 
 def test_guidance_is_what_the_net_makes_of_it():
