@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,9 @@ class Comparison:
         return max(self.groups, key=lambda group: group["patch_size"] or 0, default=None)
 
     def _shared_metrics(self) -> list[str]:
+        found = dict.fromkeys(tag for group in self.groups for tag in group.runs[0].results["metrics"])
         candidates = [f"{split}/{name}" for split in ("val", "test") for name in _SHOWN]
+        candidates += filter(re.compile("test/(fd|precision|recall|agreement)_").match, found)  # by another extractor
         shared = [tag for tag in candidates if self.groups and all(group.statistic(tag) for group in self.groups)]
         return shared or list(dict.fromkeys(group["headline"] for group in self.groups if group["headline"]))
 

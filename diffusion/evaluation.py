@@ -121,8 +121,9 @@ def evaluate(
         "reference_images": images.images if images else 0,
         "reference_statistics": "stored" if stored else "of its images",
     }
-    of_samples = _measured(samples, extractor, metrics, batch, device, rank, ranks)
-    of_reference = _measured(images, extractor, needed, batch, device, rank, ranks) if images else {}
+    share = batch, device, rank, ranks
+    of_samples = _measured("samples", samples, extractor, metrics, *share)
+    of_reference = _measured("reference", images, extractor, needed, *share) if images else {}
     values = scores(of_samples, of_reference | stored)
     tags = {key + end: tag + end for key, tag in extractor.tags.items() for end in ("", "_std") if key in metrics}
     return {tags[key]: value for key, value in values.items() if key in tags}, record
@@ -144,14 +145,14 @@ def _stored(
 
 
 def _measured(
-    images: ImageSet, extractor: Extractor, metrics: Collection[str], batch: int, device: torch.device | str, rank: int,
-    ranks: int,
+    title: str, images: ImageSet, extractor: Extractor, metrics: Collection[str], batch: int,
+    device: torch.device | str, rank: int, ranks: int,
 ) -> dict[str, Any]:  # fmt: skip
     measurement = Measurement(extractor, images.images, metrics).to(device)
     labels = images.labels() if "agreement" in metrics else None
     batches = -(-images.images // (batch * ranks))
-    for place, pictures in track(images.batches(batch, rank, ranks), images.name, batches,
-                                 console=Console(stderr=True, quiet=rank > 0)):  # fmt: skip
+    console = Console(stderr=True, quiet=rank > 0)
+    for place, pictures in track(images.batches(batch, rank, ranks), title, batches, console=console):
         index = torch.arange(place.start, place.stop, device=device)
         measurement.update(extractor(pictures.to(device)), index, None if labels is None else labels[place].to(device))
     return measurement.compute()

@@ -172,6 +172,9 @@ def load_classifier(folder: Path) -> Classifier:
         InputError: not a run folder, a run without a checkpoint, or of another task than classification.
     """
     file = folder / "config.yaml"
+    if not folder.exists():
+        raise InputError(f"extractor: there is no run folder {folder}; train the classifier first, as in python -m "
+                         "supervised fit --config supervised/configs/digits.yaml --model.patch_size 2")
     if not file.is_file():
         raise InputError(f"extractor: {folder} is neither inception nor the run folder of a classifier")
     config = read_config(file)

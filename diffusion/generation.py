@@ -57,7 +57,7 @@ class Generation(Experiment):
     headline = "loss"
     higher_is_better = False
     picture = "samples"
-    judged = "samples"
+    pictured = judged = "samples"
 
     def __init__(
         self,
@@ -195,8 +195,9 @@ class Generation(Experiment):
         if not self.trainer.is_global_zero:
             return
         folder, samples, channels = self.folder, self.predict.samples, self.trainer.datamodule.channels
-        names = self.names_of(None if self.labels is None else self.labels[:GRID])
-        grid(folder.read(0, min(samples, GRID), channels), names, folder.path.name).savefig(folder.beside(".png"))
+        if samples >= min(folder.asked, GRID):  # else there is a picture of more of them
+            names = self.names_of(None if self.labels is None else self.labels[:GRID])
+            grid(folder.read(0, min(samples, GRID), channels), names, folder.path.name).savefig(folder.beside(".png"))
         print(f"{samples:,} samples -> {folder.path}, the first of them in {folder.beside('.png').name}")
         if self.predict.npz:
             folder.pack(samples, channels, self.labels)

@@ -110,12 +110,12 @@ class Folder(ImageSet):
 
 
 class Archive(ImageSet):
-    """The images `arr_0`, uint8 (N, H, W, C), of an .npz file.
+    """The images `arr_0`, uint8 (N, H, W, 3) or (N, H, W, 1), of an .npz file.
 
     They are read as they are asked for: 50,000 images of 256 pixels are 10 GB.
 
     Args:
-        channels: that the images must have.
+        channels: 3 turns grey into RGB, 1 the other way round.
     """
 
     def __init__(self, path: Path, channels: int) -> None:
@@ -126,11 +126,11 @@ class Archive(ImageSet):
             self.shape, columns_first, dtype = _header(file)
         if dtype != np.uint8:
             raise InputError(f"{path}: arr_0 is {dtype}; store pixels as uint8 in 0-255 (x in [-1, 1] as {ROUNDING})")
-        if len(self.shape) != 4 or self.shape[3] != channels or 0 in self.shape:
-            raise InputError(f"{path}: arr_0 has shape {self.shape}; right is (images, height, width, {channels})")
+        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or 0 in self.shape:
+            raise InputError(f"{path}: arr_0 has shape {self.shape}; right is (images, height, width, 3)")
         if columns_first:
             raise InputError(f"{path}: arr_0 is in Fortran's order; save numpy.ascontiguousarray(images)")
-        self.images, self.size = self.shape[0], self.shape[1:3]
+        self.images, self.size, self.channels = self.shape[0], self.shape[1:3], channels
 
     def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
         with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
@@ -142,7 +142,14 @@ class Archive(ImageSet):
                 content = bytearray(file.read(int(np.prod(shape))))
                 if len(content) < np.prod(shape):
                     raise EOFError
-                yield place, torch.frombuffer(content, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
+                yield place, self._coloured(torch.frombuffer(content, dtype=torch.uint8).view(shape).movedim(3, 1))
+
+    def _coloured(self, images: Tensor) -> Tensor:
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        if self.channels == 1 and images.shape[1] == 3:
+            return rgb_to_grayscale(images)
+        return images.expand(-1, self.channels, -1, -1)
 
     def digest(self) -> str:
         return sha256(self.path)
@@ -242,7 +249,7 @@ def stored_statistics(path: Path, suffix: str, features: int) -> Statistics:
 
 
 def write_npz(path: Path, images: int, batches: Iterable[Tensor], labels: Tensor | None = None) -> None:
-    """Writes uint8 batches (B, C, H, W), `images` in all, as ADM's evaluator reads them: `arr_0` (N, H, W, C), and
+    """Writes uint8 batches (B, C, H, W), `images` in all, as ADM's evaluator reads them: `arr_0` (N, H, W, 3), and
     `arr_1`, the labels (N,). No more than a batch is held; the file appears when it is whole.
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -252,7 +259,7 @@ def write_npz(path: Path, images: int, batches: Iterable[Tensor], labels: Tensor
                 written = 0
                 for batch in batches:
                     assert batch.dtype == torch.uint8 and batch.ndim == 4, f"{batch.dtype}, {tuple(batch.shape)}"
-                    rows = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                    rows = batch.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
                     if not written:
                         header = {"descr": "|u1", "fortran_order": False, "shape": (images, *rows.shape[1:])}
                         np.lib.format.write_array_header_1_0(file, header)

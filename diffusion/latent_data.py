@@ -15,7 +15,7 @@ from common.data.loader import Draw
 from common.errors import InputError
 from common.randomness import normal
 from diffusion.autoencoder import Autoencoder
-from diffusion.latent_set import SPLITS, LatentSet
+from diffusion.latent_set import SPLITS, LatentSet, read_index
 from diffusion.published import load_autoencoder
 
 
@@ -98,6 +98,10 @@ class LatentData(ImageData):
             return SampleNumbers(self.trainer.lightning_module.predict.samples)
         if self.latents and split in SPLITS:
             augment = self.augment if split == "train" else None
+            there = read_index(Path(self.latents), split)
+            ours = {"dataset": self.dataset, "image_size": list(self.image_size)}
+            if (theirs := {key: there.get(key) for key in ours}) != ours:
+                raise InputError(f"data.latents: {self.latents} holds those of {theirs}; this training is of {ours}")
             return LatentSet(self.latents, split, self.fingerprint, augment, self.trainer.seed)
         return super().load(split)
 

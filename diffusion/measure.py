@@ -8,33 +8,18 @@ images of the config, and stored beside the weights.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 from common.command import run_command
-from common.data import ImageData
-from common.data.loader import Draw
-from common.randomness import permutation
 from common.training.checkpoints import AtomicCheckpointIO
-
-MEASURED = 2048  # images
-
-
-def training_images(data: ImageData, device: torch.device | str) -> Iterator[Tensor]:
-    """Batches of the same 2,048 training images at most at every call, augmented as in the first epoch."""
-    chosen = permutation("latents", data.trainer.seed, n=len(data.sets["train"]))[:MEASURED]
-    for indices in chosen.split(data.eval_batch_size):
-        batch = data.sets["train"].__getitems__([Draw(0, index, 0) for index in indices.tolist()])
-        batch = {name: value.to(device) for name, value in batch.items()}
-        yield ImageData.on_after_batch_transfer(data, batch, 0)["image"]
 
 
 def main(arguments: list[str]) -> int:
     from diffusion.latents import images_of  # costs seconds, which `--help` need not wait for
+    from diffusion.vqgan import training_images
 
     parser = argparse.ArgumentParser("python -m diffusion.measure", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

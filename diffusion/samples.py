@@ -79,6 +79,7 @@ class SampleFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.asked = 0  # samples that were ever asked for
 
     def open(self, record: dict[str, Any], labels: Tensor | None) -> None:
         """Goes on with the samples that are there, or begins.
@@ -95,6 +96,7 @@ class SampleFolder:
             raise InputError(f"{self.path}: holds samples that were made otherwise ("
                              + "; ".join(f"{key}: {there.get(key)} there, {record[key]} here" for key in differing)
                              + "); remove it, or choose another model.predict.seed")
+        self.asked = max(there.get("samples", 0), record["samples"])
         if there.get("samples", 0) < record["samples"]:
             content = record | ({} if labels is None else {"labels": labels.tolist()})
             rank_zero_only(write_atomically)(self.path / RECORD, json.dumps(content, indent=1))

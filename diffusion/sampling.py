@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from common.errors import InputError
 from common.randomness import normal, uniform
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
@@ -37,6 +38,8 @@ class Sampler:
         guidance_channels: int = 3,
         seed: int = 0,
     ) -> None:
+        if not 2 <= steps <= process.steps:
+            raise InputError(f"model.predict.steps: {steps} are not between 2 and the {process.steps} of training")
         self.process, self.solver, self.steps = process, solver, steps
         self.guidance, self.guidance_channels, self.seed = guidance, guidance_channels, seed
 

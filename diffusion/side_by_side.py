@@ -12,28 +12,35 @@ from typing import TYPE_CHECKING
 
 from common.command import run_command
 from common.errors import InputError
+from common.training import run
 
 if TYPE_CHECKING:
     from diffusion.generation import Generation
 
 
+def shape_of(folder: Path) -> str:
+    """The latents that the model of a run folder generates, height x width x channels.
+
+    Raises:
+        InputError: no run folder of this kind.
+    """
+    recipe = run.read_results(folder).get("recipe", {})
+    if "latent" not in recipe:
+        raise InputError(f"{folder}: not the run folder of a trained model that generates images")
+    return recipe["latent"]
+
+
 def sampled(folder: Path, samples: int, overrides: list[str]) -> Generation:
     """The model of a run folder, once its samples are there."""
-    from common.training.cli import StudyCLI, quieten  # costs seconds, which `--help` need not wait for
-    from diffusion.generation import Generation
+    from common.training.cli import StudyCLI, quieten
 
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise InputError(f"{folder}: not a run folder, for it holds no config.yaml")
     quieten()
     # A path such as runs/diffusion/NAME, which is how the command line finds it again.
     place = folder.resolve()
-    cli = StudyCLI("diffusion", ["predict", "--config", str(config), "--runs", str(place.parent.parent), "--run_name",
-                                 place.name, "--trainer.devices", "1", "--model.predict.samples", str(samples),
-                                 *overrides])  # fmt: skip
-    if not isinstance(cli.model, Generation):
-        raise InputError(f"{folder}: a run of {type(cli.model).__name__}, which generates no images")
-    return cli.model
+    return StudyCLI("diffusion", [
+        "predict", "--config", str(folder / "config.yaml"), "--runs", str(place.parent.parent), "--run_name",
+        place.name, "--trainer.devices", "1", "--model.predict.samples", str(samples), *overrides,
+    ]).model  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -49,13 +56,13 @@ def main(arguments: list[str]) -> int:
 
     from diffusion.pictures import grid
 
+    shapes = {folder: shape_of(folder) for folder in options.folders}
+    for folder, shape in shapes.items():
+        if shape != (first := shapes[options.folders[0]]):
+            raise InputError(f"{folder}: generates latents of {shape}, and {options.folders[0]} of {first}: their "
+                             "noise is not the same")
     models = {folder: sampled(folder, options.samples, overrides) for folder in options.folders}
-    first = next(iter(models.values()))
-    for folder, model in models.items():
-        ours, theirs = ((net.channels, *net.input_size) for net in (model.net, first.net))
-        if ours != theirs:
-            raise InputError(f"{folder}: generates latents of {ours}, and {options.folders[0]} of {theirs} (channels, "
-                             "height, width): their noise is not the same")
+    first = models[options.folders[0]]
     rows = [model.folder.read(0, options.samples, model.trainer.datamodule.channels) for model in models.values()]
     names = first.names_of(first.labels)
     title = f"guidance {first.sampler.guidance:g}, {first.sampler.solver} in {first.sampler.steps} steps"

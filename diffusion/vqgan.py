@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +15,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from common.data import ImageData
+from common.data.loader import Draw
 from common.errors import InputError
-from common.randomness import normal, seeded
+from common.randomness import normal, permutation, seeded
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe, adamw, lr_schedule, parameter_groups
 from diffusion.autoencoder import Autoencoder
@@ -23,7 +25,6 @@ from diffusion.codebook import COLLAPSED, CodebookUsage, add_counts, usage
 from diffusion.discriminator import PatchDiscriminator
 from diffusion.evaluation import UNJUDGED, Reconstruction
 from diffusion.initialisation import initialise_autoencoder
-from diffusion.measure import training_images
 from diffusion.metrics import ReconstructionDistance
 from diffusion.objective import Adversary, Objective, Players, StepCost, step_cost
 from diffusion.perceptual import LPIPS, SMALLEST, vgg16_file
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 8  # images of the logged picture
+MEASURED = 2048  # training images that scale and shift of the latents are measured on
 SSIM_WINDOW = 11  # pixels a side
 
 PUBLISHED = Adversary()
@@ -290,6 +292,15 @@ class AutoencoderTraining(Experiment):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["autoencoder"] = self.net.config  # builds the net again without the data that it was trained on
+
+
+def training_images(data: ImageData, device: torch.device | str) -> Iterator[Tensor]:
+    """Batches of the same 2,048 training images at most at every call, augmented as in the first epoch."""
+    chosen = permutation("latents", data.trainer.seed, n=len(data.sets["train"]))[:MEASURED]
+    for indices in chosen.split(data.eval_batch_size):
+        batch = data.sets["train"].__getitems__([Draw(0, index, 0) for index in indices.tolist()])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        yield ImageData.on_after_batch_transfer(data, batch, 0)["image"]
 
 
 class Undecayed(Autoencoder):

@@ -55,6 +55,7 @@ class Experiment(L.LightningModule):
     # True where the loss is not a mean over images: a step must then see its whole batch on each device.
     whole_batch = False
     picture = ""  # the name of the picture that a validation draws, where a study has one
+    pictured = "validation images"  # what is in it
     judged = "images"  # what a test counts
 
     def __init__(self, optim: Recipe, picture_epochs: int = 0) -> None:

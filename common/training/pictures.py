@@ -30,7 +30,7 @@ class Pictures(L.Callback):
             return
         from PIL import Image
 
-        picture = pixels(module.draw(f"validation images after epoch {epoch}"))  # once: a second costs as much again
+        picture = pixels(module.draw(f"{module.pictured} after epoch {epoch}"))  # once: a second costs as much again
         folder = Path(trainer.default_root_dir) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"{self.name}.png")

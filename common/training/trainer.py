@@ -17,6 +17,7 @@ class Trainer(L.Trainer):
     def check(self, model: Experiment, datamodule: GlobalBatchData) -> None:
         """Looks at the data and prints the effective recipe with its cost; trains nothing."""
         model.trainer = datamodule.trainer = self
+        self.datamodule = datamodule
         self.strategy.connect(model)
         for line in datamodule.describe():
             print(line)

@@ -202,3 +202,18 @@ def test_a_model_trains_on_latents_and_its_samples_are_images(command: Callable,
         assert "4x4x2" in outcome.out
     outcome = command("predict", *options, "--data.latents", tmp_path / "latents", config=DIGITS, study="diffusion")
     assert outcome.code == 0 and "3 samples -> " in outcome.out, outcome.err
+
+
+def test_latents_of_other_images_are_refused(command: Callable, cache: Path) -> None:
+    options = [*IMAGES, "--data.autoencoder", cache / "autoencoder.ckpt", "--data.latents", cache / "latents"]
+    outcome = command("fit", *options, "--data.image_size", "4", config=DIGITS, study="diffusion")
+    assert outcome.code == 2 and "'image_size': [8, 8]}; this training is of " in outcome.err
+
+
+def test_where_latents_come_from_makes_no_other_run(command: Callable, cache: Path) -> None:
+    """They are the same, and so the commands of a run need not repeat it."""
+    options = [*IMAGES, "--data.autoencoder", cache / "autoencoder.ckpt", "--model.picture_epochs", "0"]
+    assert command("fit", *options, "--data.latents", cache / "latents", config=DIGITS, study="diffusion").code == 0
+    few = ["--model.predict.samples", "2", "--model.predict.steps", "2"]
+    outcome = command("predict", *options, *few, config=DIGITS, study="diffusion")
+    assert outcome.code == 0 and "2 samples -> " in outcome.out, outcome.err

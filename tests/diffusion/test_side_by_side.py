@@ -59,8 +59,10 @@ def test_what_cannot_stand_side_by_side_is_refused(fit: Callable, monkeypatch, c
     a, small = fit("a"), fit("small", "--data.image_size", "4")
     figure = ["--figure", "f.png", *FEW]
     said = error([a, small, *figure], monkeypatch, capsys)
-    assert "runs/diffusion/small: generates latents of (1, 4, 4), and runs/diffusion/a of (1, 8, 8)" in said
-    assert "nowhere: not a run folder" in error(["nowhere", *figure], monkeypatch, capsys)
+    assert "runs/diffusion/small: generates latents of 4x4x1, and runs/diffusion/a of 8x8x1" in said
+    assert not Path(a, "samples").exists()  # nothing was sampled for it
+    said = error(["nowhere", *figure], monkeypatch, capsys)
+    assert "nowhere: not the run folder of a trained model that generates images" in said
     assert "name a file that ends in .png" in error([a, "--figure", "f.jpg"], monkeypatch, capsys)
 
 
