@@ -192,19 +192,16 @@ def in_batches(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> T
 
 @torch.no_grad()
 def one_by_one(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
-    """The same samples in the loop that one would write by hand around diffusers' DDIM."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(trained_betas=sampler.process.betas.numpy(), timestep_spacing="linspace",
-                              clip_sample=False)  # fmt: skip
-    scheduler.set_timesteps(sampler.steps)
+    """The same samples in the loop that one would write by hand."""
+    process = sampler.process.respaced(sampler.steps)
     samples, nothing = [], torch.tensor([net.classes])
     for number, label in zip(numbers.split(1), labels.split(1), strict=True):
         x = sampler.noise("sample", number, (net.channels, *net.input_size))
-        for timestep in scheduler.timesteps:
-            conditional = net(x, timestep[None], label)[:, : net.channels]
-            null = net(x, timestep[None], nothing)[:, : net.channels]
-            x = scheduler.step(null + sampler.guidance * (conditional - null), timestep, x).prev_sample
+        for step in reversed(range(sampler.steps)):
+            timestep = process.timesteps[step][None]
+            conditional = net(x, timestep, label)[:, : net.channels]
+            null = net(x, timestep, nothing)[:, : net.channels]
+            x = process.ddim_sample(null + sampler.guidance * (conditional - null), x, torch.tensor([step]))
         samples.append(x)
     return torch.cat(samples)
 

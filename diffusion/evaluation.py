@@ -7,18 +7,19 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from torchmetrics import Metric
 
 from common.data import ImageData
 from common.errors import InputError
 from diffusion.features import INCEPTION_FILE, Extractor, Inception, load_classifier, sha256
 from diffusion.image_sets import ImageSet, keys, open_images, pixels, stored_statistics
-from diffusion.metrics import Measurement, ReconstructionDistance, Statistics, refuse_few, scores
+from diffusion.metrics import NEIGHBOUR, Measurement, ReconstructionDistance, Statistics, refuse_few, scores
 
 
 @dataclass
@@ -93,22 +94,10 @@ def evaluate(
         device: where the extractor is.
         rank: of `ranks` processes, which share the images.
     """
-    stored = _stored(reference, extractor, metrics, device) if isinstance(reference, Path) else {}
+    asked = Asked(samples.name, samples.images, samples.size, samples.labels() if "agreement" in metrics else None)
+    images, stored = compared(asked, reference, extractor, metrics, allow_few)
     needed = [key for key in metrics if key not in (*stored, *OF_SAMPLES)]
-    images = reference
-    if isinstance(reference, Path):
-        images = open_images(reference, extractor.channels) if needed else None
-    if "agreement" in metrics and (labels := samples.labels()).max() >= extractor.classes:
-        raise InputError(f"{samples.name}: of class {labels.max()}, counted from 0, where the extractor "
-                         f"{extractor.name} knows {extractor.classes} classes")
-    if images and samples.size != images.size:
-        raise InputError(f"{samples.name}: images of {pixels(samples.size)} pixels, where {images.name} has "
-                         f"{pixels(images.size)}; bring both to one size")
-    for key, features in [("fd", extractor.features), ("sfd", extractor.spatial_features)]:
-        if key in metrics and not allow_few:
-            refuse_few(samples.images, features, samples.name)
-        if key in needed and not allow_few:
-            refuse_few(images.images, features, images.name)
+    stored = {key: Statistics(*(array.to(device) for array in arrays)) for key, arrays in stored.items()}
     record = {
         "samples": samples.images,
         "image_size": pixels(samples.size),
@@ -129,19 +118,57 @@ def evaluate(
     return {tags[key]: value for key, value in values.items() if key in tags}, record
 
 
+class Asked(NamedTuple):
+    """What there is to know of samples before they are there: labels (N,) where classes were asked for."""
+
+    name: str
+    images: int
+    size: tuple[int, int]
+    labels: Tensor | None
+
+
+def compared(
+    samples: Asked, reference: ImageSet | Path, extractor: Extractor, metrics: Collection[str], allow_few: bool
+) -> tuple[ImageSet | None, dict[str, Statistics]]:
+    """The images of the reference, where any are needed, and its stored statistics.
+
+    Raises:
+        InputError: what can be told of them from their headers forbids the comparison.
+    """
+    images, stored = reference, {}
+    if isinstance(reference, Path):
+        stored = _stored(reference, extractor, metrics)
+        needs_images = any(key not in (*stored, *OF_SAMPLES) for key in metrics)
+        images = open_images(reference, extractor.channels) if needs_images else None
+    elif images.channels != extractor.channels:
+        raise InputError(f"{images.name}: of {images.channels} channel(s), and the extractor {extractor.name} takes "
+                         f"{extractor.channels}; name a reference of such images")
+    if samples.labels is not None and (largest := samples.labels.max()) >= extractor.classes:
+        raise InputError(f"{samples.name}: of class {largest}, counted from 0, where the extractor {extractor.name} "
+                         f"knows {extractor.classes} classes")
+    if images and samples.size != images.size:
+        raise InputError(f"{samples.name}: images of {pixels(samples.size)} pixels, where {images.name} has "
+                         f"{pixels(images.size)}; bring both to one size")
+    counts = [(samples.name, samples.images, ()), *([(images.name, images.images, stored)] if images else [])]
+    for name, count, known in counts:
+        if {"precision", "recall"} & set(metrics) and count <= NEIGHBOUR:
+            raise InputError(f"{name}: {count} images; precision and recall need at least {NEIGHBOUR + 1}")
+        for key, features in [("fd", extractor.features), ("sfd", extractor.spatial_features)]:
+            if key in metrics and key not in known and not allow_few:
+                refuse_few(count, features, name)
+    return images, stored
+
+
 def as_json(metrics: dict[str, float], record: dict[str, Any]) -> str:
     return json.dumps({"metrics": metrics, "evaluation": record}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _stored(
-    reference: Path, extractor: Extractor, metrics: Collection[str], device: torch.device | str
-) -> dict[str, Any]:
+def _stored(reference: Path, extractor: Extractor, metrics: Collection[str]) -> dict[str, Statistics]:
     """The statistics in an ADM reference, which are of Inception's features and mean nothing to another extractor."""
     if "mu" not in keys(reference) or extractor.tags["fd"] != "fid":
         return {}
     wanted = [("fd", "", extractor.features), ("sfd", "_s", extractor.spatial_features)]
-    found = {key: stored_statistics(reference, end, features) for key, end, features in wanted if key in metrics}
-    return {key: Statistics(*(array.to(device) for array in arrays)) for key, arrays in found.items()}
+    return {key: stored_statistics(reference, end, features) for key, end, features in wanted if key in metrics}
 
 
 def _measured(

@@ -16,13 +16,12 @@ from common.training.optim import Recipe
 from common.training.run import write_atomically
 from diffusion.cost import activation_bytes, forward_flops
 from diffusion.dit import DiT
-from diffusion.evaluation import BY_INCEPTION, Evaluation, as_json, evaluate, load_extractor
+from diffusion.evaluation import BY_INCEPTION, Asked, Evaluation, as_json, compared, evaluate, load_extractor
 from diffusion.features import INCEPTION_FILE
 from diffusion.fingerprint import fingerprint
 from diffusion.image_sets import ROUNDING, Folder, Prepared, to_uint8
 from diffusion.initialisation import initialise_dit
 from diffusion.latent_data import LatentData
-from diffusion.metrics import refuse_few
 from diffusion.pictures import grid
 from diffusion.process import GaussianDiffusion
 from diffusion.samples import PUBLISHED, SampleFolder, Sampling
@@ -71,6 +70,8 @@ class Generation(Experiment):
     ) -> None:
         super().__init__(optim, picture_epochs)
         self.conditional, self.predict, self.evaluation = conditional, predict, evaluation
+        if not 2 <= picture_steps <= 1000:
+            raise InputError(f"model.picture_steps: {picture_steps} are not between 2 and the 1000 of training")
         self.picture_steps = picture_steps
         self.dit = dit
         self.process = GaussianDiffusion()
@@ -80,7 +81,7 @@ class Generation(Experiment):
         return DiT(input_size=data.input_size, channels=data.input_channels, classes=classes, **self.dit)
 
     def initialise(self, net: DiT, source: str) -> dict[str, Any]:
-        return initialise_dit(net, source)
+        return initialise_dit(net, source, self.trainer.datamodule.fingerprint)
 
     def cost(self, net: DiT) -> Cost:
         flops = forward_flops(net)
@@ -144,6 +145,9 @@ class Generation(Experiment):
         """Images (B, C, H, W) uint8."""
         with self.trainer.precision_plugin.forward_context():  # Lightning opens it for its own steps alone
             images = self.trainer.datamodule.decode(sampler(net, numbers, labels))
+        if not images.isfinite().all():
+            raise FloatingPointError("samples are not finite numbers; try --trainer.precision 32-true, or an earlier "
+                                     "checkpoint")
         return to_uint8(images.float())
 
     def names_of(self, labels: Tensor | None) -> list[str]:
@@ -171,7 +175,7 @@ class Generation(Experiment):
         self.labels = chosen.labels(net.classes)
         self.folder.open({
             "samples": chosen.samples,
-            "weights": "raw" if self.average is None else "ema",
+            "weights": self.initialised.get("weights", "raw" if self.average is None else "ema"),
             "weights_sha256": fingerprint(net, net.beyond_shapes()),
             "trained_steps": self.trained_steps,
             "autoencoder": data.autoencoder_source,
@@ -206,14 +210,18 @@ class Generation(Experiment):
     # Test: the same samples, judged
 
     def on_test_epoch_start(self) -> None:
-        judging, inception = self.evaluation, self.trainer.datamodule.root / INCEPTION_FILE
-        self.extractor = [load_extractor(judging.extractor, inception)]  # in a list: no part of me
+        data = self.trainer.datamodule
+        extractor = load_extractor(self.evaluation.extractor, data.root / INCEPTION_FILE)
+        self.extractor = [extractor]  # in a list: no part of me
         # What is known to fail is refused before the sampling, which may take hours.
-        if judging.reference and not Path(judging.reference).exists():
-            raise InputError(f"model.evaluation.reference: there is no folder or file {judging.reference}; null takes "
-                             "the training images")
-        if not judging.allow_few_samples:
-            refuse_few(self.predict.samples, self.extractor[0].features, "model.predict.samples")
+        reference = self.evaluation.reference
+        self.reference = Prepared(data) if reference is None else Path(reference)
+        labels = self.predict.labels(self.net.classes)
+        self.metrics_tested = [key for key in extractor.tags if key != "agreement" or labels is not None]
+        if "agreement" not in self.metrics_tested:
+            labels = None  # of no concern to Inception
+        asked = Asked("model.predict.samples", self.predict.samples, data.image_size, labels)
+        compared(asked, self.reference, extractor, self.metrics_tested, self.evaluation.allow_few_samples)
         self._open_folder()
 
     def test_step(self, batch: dict[str, Any], _: int) -> None:
@@ -224,10 +232,8 @@ class Generation(Experiment):
         trainer, data = self.trainer, self.trainer.datamodule
         [extractor] = self.extractor
         samples = Folder(self.folder.path, extractor.channels, self.predict.samples)
-        reference = Path(self.evaluation.reference) if self.evaluation.reference else Prepared(data)
-        metrics = [key for key in extractor.tags if key != "agreement" or samples.labels() is not None]
         values, self.record = evaluate(
-            samples, reference, extractor.to(self.device), metrics, data.eval_batch_size,
+            samples, self.reference, extractor.to(self.device), self.metrics_tested, data.eval_batch_size,
             self.evaluation.allow_few_samples, self.device, trainer.global_rank, trainer.world_size,
         )  # fmt: skip
         values = {f"test/{tag}": value for tag, value in values.items()}

@@ -85,6 +85,10 @@ class Folder(ImageSet):
     def __init__(self, path: Path, channels: int, first: int | None = None) -> None:
         self.path, self.name, self.channels = path, str(path), channels
         self.files = _image_files(path)[:first]
+        asked = read_record(path).get("samples", 0)
+        if first is None and len(self.files) < asked:
+            raise InputError(f"{path}: holds {len(self.files)} of the {asked} samples that were asked for; the same "
+                             "predict command adds what is missing")
         self.images = len(self.files)
         self.size = _size(self.files[0])
         for file in self.files:  # before the first of them is worked on; 50,000 headers are read in seconds
@@ -103,7 +107,12 @@ class Folder(ImageSet):
 
     def labels(self) -> Tensor | None:
         labels = read_record(self.path).get("labels")
-        return torch.tensor([labels[int(file.stem)] for file in self.files]) if labels else None  # named by number
+        if not labels:
+            return None
+        try:
+            return torch.tensor([labels[int(file.stem)] for file in self.files])  # named by their numbers
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{self.path}: holds images that its {RECORD} knows nothing of; move them away") from error
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in read_record(self.path).items() if key != "labels"}

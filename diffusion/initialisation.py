@@ -24,12 +24,16 @@ def initialise_autoencoder(net: nn.Module, config: dict[str, Any], source: str) 
     return _load(net, load_autoencoder(path, **(config if foreign else {})).state_dict(), source)
 
 
-def initialise_dit(net: DiT, source: str) -> dict[str, Any]:
-    """Loads a DiT's weights: of a run of this study, or of one that DiT's authors published or their code wrote, whose
-    average is taken.
+def initialise_dit(net: DiT, source: str, autoencoder_sha256: str | None) -> dict[str, Any]:
+    """Loads a DiT's weights: of a run of this study, which must have been trained on the latents of this autoencoder,
+    or of one that DiT's authors published or their code wrote. An average is taken where there is one.
     """
     content = content_of(source)
-    if "loops" not in content and isinstance(content.get("ema"), dict):
+    if content.get("autoencoder_sha256", autoencoder_sha256) != autoencoder_sha256:
+        raise InputError(f"--init_from: {source} was trained on the latents of another autoencoder than "
+                         "data.autoencoder, which mean something else (or one of the two on pixels)")
+    kept = "ema" if isinstance(content.get("ema"), dict) else "raw" if "loops" in content else "as published"
+    if "loops" not in content and kept == "ema":
         content = content["ema"]
     beyond = content.get("beyond_shapes", {})
     for name, value in net.beyond_shapes().items():
@@ -37,7 +41,7 @@ def initialise_dit(net: DiT, source: str) -> dict[str, Any]:
             raise InputError(f"--init_from: {source} was trained with {name}={beyond[name]}, and this config's is "
                              f"{value}; the shapes of the weights do not tell, but what they compute does")
     weights = weights_in(content, "ema", source)
-    report = _load(net, weights, source)
+    report = _load(net, weights, source) | {"weights": kept}
     if net.position == "learned" and net.width % 4 == 0:
         fixed = sincos_position(net.grid, net.width, prefix=0)
         if net.pos_embed.detach().sub(fixed).abs().max() < 1e-3:

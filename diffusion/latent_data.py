@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data import ImageData
+from common.data.augment import PLAIN
 from common.data.loader import Draw
 from common.errors import InputError
 from common.randomness import normal
@@ -67,8 +69,8 @@ class LatentData(ImageData):
         return self.autoencoder.channels if self.autoencoder else self.channels
 
     def load_autoencoder(self) -> Autoencoder | None:
-        if self.autoencoder_source and self.autoencoder is None:
-            if not Path(self.autoencoder_source).exists():
+        if self.autoencoder_source is not None and self.autoencoder is None:
+            if not self.autoencoder_source or not Path(self.autoencoder_source).exists():
                 raise InputError(f"data.autoencoder: there is no run folder or file {self.autoencoder_source}; train "
                                  "one (diffusion/configs/autoencoder_*.yaml), name a published one (python -m "
                                  "common.weights lists them), or train on pixels: --data.autoencoder null")
@@ -89,19 +91,38 @@ class LatentData(ImageData):
         autoencoder = self.load_autoencoder()
         return autoencoder and autoencoder.fingerprint()
 
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What latents depend on beside the autoencoder, as JSON knows it."""
+        return {"dataset": self.dataset, "image_size": list(self.image_size), "eval_crop": self.eval_crop,
+                "interpolation": self.augment.interpolation, "eval_interpolation": self.eval_interpolation}
+
+    def refuse_uncacheable(self) -> None:
+        if replace(self.augment, flip=0.0) != replace(PLAIN, interpolation=self.augment.interpolation):
+            raise InputError("data.augment: latents are encoded once, so all of it but flip must be off")
+
     def setup(self, stage: str) -> None:
+        if self.assumed_classes and stage in ("fit", "validate"):
+            raise InputError(f"data.assumed_classes: {self.assumed_classes} is for predict and test alone; {stage} "
+                             "reads the images, which tell their classes")
         self.load_autoencoder()
         super().setup(stage)
 
     def load(self, split: str) -> Dataset:
         if split in ("predict", "test"):
-            return SampleNumbers(self.trainer.lightning_module.predict.samples)
+            samples, ranks = self.trainer.lightning_module.predict.samples, self.trainer.world_size
+            if samples < ranks:
+                raise InputError(f"model.predict.samples: {samples} are fewer than the {ranks} devices; use fewer of "
+                                 "these")
+            return SampleNumbers(samples)
         if self.latents and split in SPLITS:
             augment = self.augment if split == "train" else None
+            self.refuse_uncacheable()
             there = read_index(Path(self.latents), split)
-            ours = {"dataset": self.dataset, "image_size": list(self.image_size)}
-            if (theirs := {key: there.get(key) for key in ours}) != ours:
-                raise InputError(f"data.latents: {self.latents} holds those of {theirs}; this training is of {ours}")
+            found = {key: (there.get(key), ours) for key, ours in self.prepared.items() if there.get(key) != ours}
+            if found:
+                raise InputError(f"data.latents: {self.latents} holds those of other images: " + "; ".join(
+                    f"{key}: {theirs} there, {ours} here" for key, (theirs, ours) in found.items()))
             return LatentSet(self.latents, split, self.fingerprint, augment, self.trainer.seed)
         return super().load(split)
 

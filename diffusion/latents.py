@@ -20,7 +20,6 @@ import torch
 
 from common.command import run_command
 from common.data import ImageData
-from common.data.augment import PLAIN
 from common.data.loader import Draw
 from common.errors import InputError
 from common.training.run import write_atomically
@@ -46,8 +45,7 @@ def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
     if getattr(data, "autoencoder_source", None) is None:
         raise InputError("data.autoencoder: there is nothing to encode with; name the run folder of an autoencoder")
     flips = data.augment.flip > 0
-    if replace(data.augment, flip=0.0) != replace(PLAIN, interpolation=data.augment.interpolation):
-        raise InputError("data.augment: latents are encoded once, so all of it but flip must be off")
+    data.refuse_uncacheable()
     data.augment, data.latents = replace(data.augment, flip=0.0), None
     return data, flips
 
@@ -58,10 +56,10 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
     data.trainer = SimpleNamespace(training=split == "train", predicting=False, seed=0)
     autoencoder, images = data.load_autoencoder().to(device), data.load(split)
     data.sets[split] = images
-    index = {"fingerprint": autoencoder.fingerprint(), "dataset": data.dataset, "images": len(images), "shard": SHARD,
-             "image_size": data.image_size, "flips": flips}  # fmt: skip
+    index = {"fingerprint": autoencoder.fingerprint(), "images": len(images), "shard": SHARD, "flips": flips,
+             **data.prepared}  # fmt: skip
     started = folder / split / "started.json"
-    if started.is_file() and read_json(started) != json.loads(json.dumps(index)):
+    if started.is_file() and read_json(started) != index:
         raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; name another folder")
     write_atomically(started, json.dumps(index))
     begun = time.perf_counter()

@@ -219,6 +219,7 @@ class Measurement(nn.Module):
 
     def __init__(self, extractor: Extractor, images: int, metrics: Collection[str]) -> None:
         super().__init__()
+        self.features = extractor.features
         self.parts = nn.ModuleDict()
         if "fd" in metrics:
             self.parts["fd"] = FeatureSums(extractor.features)
@@ -242,6 +243,9 @@ class Measurement(nn.Module):
 
     def compute(self) -> dict[str, Any]:
         """Of the images of all processes: `fd` and `sfd` are Statistics, `rows` (N, D) features."""
+        rows = self.parts["rows"] if "rows" in self.parts else None
+        if rows is not None and not rows.rows:  # of a process that no image was left for; the others wait for its rows
+            rows.update(torch.zeros(0, self.features, device=rows.device))
         return {name: part.compute() for name, part in self.parts.items()}
 
 

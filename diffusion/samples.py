@@ -50,6 +50,8 @@ class Sampling:
             raise InputError(f"model.predict.samples: {self.samples} is not a positive number of samples")
         if self.guidance < 1:
             raise InputError(f"model.predict.guidance: {self.guidance} is below 1, which is no guidance")
+        if self.guidance_channels < 1:
+            raise InputError(f"model.predict.guidance_channels: {self.guidance_channels} is less than 1; DiT guides 3")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"model.predict.seed: {self.seed} is not between 0 and 4294967295")
 
@@ -62,6 +64,8 @@ class Sampling:
 
     def labels(self, classes: int) -> Tensor | None:
         """The class (samples,) of each sample, of a net that knows so many; None where it knows none."""
+        if not classes and self.classes:
+            raise InputError(f"model.predict.classes: {self.classes} mean nothing to a model without classes")
         if not classes:
             return None
         chosen = self.classes or list(range(classes))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def shape_of(folder: Path) -> str:
-    """The latents that the model of a run folder generates, height x width x channels.
+    """The latents and the images that the model of a run folder generates, height x width x channels each.
 
     Raises:
         InputError: no run folder of this kind.
@@ -27,7 +27,7 @@ def shape_of(folder: Path) -> str:
     recipe = run.read_results(folder).get("recipe", {})
     if "latent" not in recipe:
         raise InputError(f"{folder}: not the run folder of a trained model that generates images")
-    return recipe["latent"]
+    return f"{recipe['latent']} for images of {recipe['image']}"
 
 
 def sampled(folder: Path, samples: int, overrides: list[str]) -> Generation:

@@ -226,9 +226,11 @@ class RunFolder(L.Callback):
         print_scores({tag: float(value) for tag, value in trainer.callback_metrics.items() if tag != "step"})
         if whole and not module.init_from:  # weights that were trained elsewhere are no run
             results = read_results(self.folder)
-            results.setdefault("metrics", {}).update(_finite(trainer.callback_metrics))
-            if module.record:
+            metrics = results.get("metrics", {})
+            if module.record:  # of these scores alone
+                metrics = {tag: value for tag, value in metrics.items() if not tag.startswith(f"{split}/")}
                 results["evaluation"] = module.record
+            results["metrics"] = metrics | _finite(trainer.callback_metrics)
             write_atomically(self.folder / "results.json", json.dumps(results, indent=2))
 
     def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -1,6 +1,7 @@
 """Training a diffusion Transformer and sampling from it, as a user sees it."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from common.data import Digits
+from common.errors import InputError
 from common.randomness import normal, uniform
 from common.training.checkpoints import read
 from common.training.optim import Recipe
@@ -22,6 +24,7 @@ from diffusion import DiT, Generation
 from diffusion.evaluation import evaluate
 from diffusion.features import load_classifier
 from diffusion.image_sets import Folder
+from diffusion.initialisation import initialise_dit
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
 
@@ -107,7 +110,7 @@ def test_samples_are_functions_of_their_numbers(generation: Callable) -> None:
     assert SAMPLES.with_name(SAMPLES.name + ".png").read_bytes() == of_all
     assert json.loads((SAMPLES / "record.json").read_text()) == record
 
-    expected = {"weights": "ema", "trained_steps": 18, "solver": "ddim", "steps": 4, "spacing": "linspace",
+    expected = {"weights": "ema", "trained_steps": 18, "solver": "ddim", "steps": 4, "spacing": "respaced as by ADM",
                 "guidance": 1.5, "guidance_channels": 3, "seed": 0, "classes": 10, "autoencoder": None,
                 "rounding": "127.5 x + 128, clamped to 0-255, truncated", "precision": "32-true"}  # fmt: skip
     assert record.items() >= expected.items()
@@ -179,23 +182,35 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
     assert outcome.code == 0, outcome.err
     assert results(tmp_path)["evaluation"]["reference"] == "reference"
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*.png"))] == times
-    # What cannot be judged is not sampled.
+    # Scores of another judge are no part of this record any more.
+    shutil.copytree("runs/supervised/judge", "runs/supervised/other")
+    assert generation("test", *options, "--model.evaluation.extractor", "runs/supervised/other").code == 0
+    assert {tag.split("_")[-1] for tag in results(tmp_path)["metrics"] if tag.startswith("test/fd")} == {"other"}
+    assert results(tmp_path)["evaluation"]["extractor"] == "other"
+
+    # What cannot be judged is not sampled, and a folder of which some are missing not judged.
+    next(folder.glob("*.png")).unlink()
+    with pytest.raises(InputError, match="holds 39 of the 40 samples that were asked for"):
+        Folder(folder, 1)
     shutil.rmtree(folder.parent)
     outcome = generation("test", *options, "--model.predict.samples", "16")
     assert outcome.code == 2 and "model.predict.samples: 16 images for 16 features" in outcome.err
+    np.savez("small.npz", np.zeros((20, 4, 4, 1), np.uint8))
+    outcome = generation("test", *options, "--model.evaluation.reference", "small.npz")
+    assert outcome.code == 2 and "images of 8x8 pixels, where small.npz has 4x4" in outcome.err
     outcome = generation("test", *options, "--model.evaluation.reference", "nowhere.npz")
-    assert outcome.code == 2 and "model.evaluation.reference: there is no folder or file nowhere.npz" in outcome.err
+    assert outcome.code == 2 and "nowhere.npz: there is no such folder of images or .npz file" in outcome.err
     outcome = generation("test", *options, "--model.evaluation.extractor", "inception")
     assert outcome.code == 2 and "fetch https://github.com/toshas/torch-fidelity" in outcome.err
     assert not folder.parent.exists()
 
 
 def test_two_processes_sample_and_judge_as_one(generation: Callable, command: Callable, tmp_path: Path) -> None:
-    """40 samples in batches of 16 and a rest, some of which are there before."""
+    """40 samples, some of which are there before; in one batch, so that one process is left without any to judge."""
     assert command("fit", "--run_name", "judge").code == 0
     assert generation("fit").code == 0
     shutil.copytree(tmp_path / "runs/diffusion/a", tmp_path / "runs/diffusion/b")
-    options = ["--model.predict.steps", "3", "--model.predict.samples", "40", "--data.eval_batch_size", "16",
+    options = ["--model.predict.steps", "3", "--model.predict.samples", "40", "--data.eval_batch_size", "64",
                "--model.evaluation.extractor", "runs/supervised/judge"]  # fmt: skip
     assert generation("test", *options).code == 0
     one = results(tmp_path)
@@ -259,6 +274,28 @@ def test_published_weights_are_sampled_from_and_trained_on(
         "sincos")
 
 
+def test_samples_that_are_no_numbers_are_no_images(generation: Callable, tmp_path: Path) -> None:
+    published_file(tmp_path / "dit.pt")
+    weights = torch.load(tmp_path / "dit.pt")
+    torch.save(weights | {"final_layer.linear.bias": weights["final_layer.linear.bias"] * math.nan}, "dit.pt")
+    outcome = generation("predict", "--init_from", "dit.pt", "--model.position", "sincos", *FEW)
+    assert outcome.code == 1 and "samples are not finite numbers" in outcome.err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_latents_of_another_autoencoder_are_another_language(tmp_path: Path) -> None:
+    published_file(tmp_path / "dit.pt")
+    weights = torch.load(tmp_path / "dit.pt")
+    torch.save({"loops": {}, "state_dict": {f"net.{name}": value for name, value in weights.items()},
+                "autoencoder_sha256": "one"}, tmp_path / "run.ckpt")  # fmt: skip
+    net = DiT(8, patch_size=4, channels=1, classes=10, width=16, depth=1, heads=2, position="sincos")
+    assert initialise_dit(net, str(tmp_path / "dit.pt"), "one")["weights"] == "as published"
+    with pytest.raises(InputError, match="run.ckpt was trained on the latents of another autoencoder"):
+        initialise_dit(net, str(tmp_path / "run.ckpt"), "other")
+    with pytest.raises(InputError, match="or one of the two on pixels"):
+        initialise_dit(net, str(tmp_path / "run.ckpt"), None)
+
+
 @pytest.mark.parametrize("options, message", [
     (["--model.patch_size", "2"], "dit.pt holds another net than this config's"),
     (["--model.depth", "2"], 'Missing key(s) in state_dict: "blocks.1'),
@@ -292,6 +329,8 @@ def test_without_images_their_number_of_classes_is_enough_to_sample(generation: 
     assert outcome.code == 2 and "nowhere: no such folder" in outcome.err
     assert generation("predict", *FEW, *options, "--data.assumed_classes", "10").code == 0
     assert len(list(tmp_path.glob("runs/diffusion/a/samples/*/*.png"))) == 5
+    outcome = generation("fit", *options, "--data.assumed_classes", "10")
+    assert outcome.code == 2 and "data.assumed_classes: 10 is for predict and test alone" in outcome.err
     outcome = generation("predict", *FEW, *options, "--data.assumed_classes", "0")
     assert outcome.code == 2 and "data.assumed_classes: 0 is not a positive number" in outcome.err
 

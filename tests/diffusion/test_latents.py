@@ -204,10 +204,18 @@ def test_a_model_trains_on_latents_and_its_samples_are_images(command: Callable,
     assert outcome.code == 0 and "3 samples -> " in outcome.out, outcome.err
 
 
-def test_latents_of_other_images_are_refused(command: Callable, cache: Path) -> None:
+@pytest.mark.parametrize("option, value, message", [
+    ("--data.image_size", "4", "holds those of other images: image_size: [8, 8] there, [4, 4] here"),
+    ("--data.augment.interpolation", "bicubic", "interpolation: bilinear there, bicubic here"),
+    ("--data.eval_crop", "0.5", "eval_crop: 1.0 there, 0.5 here"),
+    ("--data.augment.crop_scale", "[0.3,1.0]", "data.augment: latents are encoded once"),
+])
+def test_latents_of_other_images_are_refused(
+    command: Callable, cache: Path, option: str, value: str, message: str
+) -> None:
     options = [*IMAGES, "--data.autoencoder", cache / "autoencoder.ckpt", "--data.latents", cache / "latents"]
-    outcome = command("fit", *options, "--data.image_size", "4", config=DIGITS, study="diffusion")
-    assert outcome.code == 2 and "'image_size': [8, 8]}; this training is of " in outcome.err
+    outcome = command("fit", *options, option, value, config=DIGITS, study="diffusion")
+    assert outcome.code == 2 and message in outcome.err, outcome.err
 
 
 def test_where_latents_come_from_makes_no_other_run(command: Callable, cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from common.errors import InputError
 from diffusion.dit import DiT
@@ -50,6 +51,48 @@ def test_ddpm_visits_the_steps_of_adm():
     net = Points()
     Sampler(GaussianDiffusion(), "ddpm", 250)(net, torch.arange(1), torch.tensor([0]))
     assert net.calls[:4] == [999, 995, 991, 987] and net.calls[-2:] == [4, 0]
+
+
+class Normal(torch.nn.Module):
+    """Knows the noise exactly where all data are normal numbers of this mean and deviation."""
+
+    channels, input_size, classes, mean, std = 1, (50, 50), 0, 0.5, 0.1
+
+    def forward(self, x, t, y):
+        kept = GaussianDiffusion().alphas_cumprod[t][:, None, None, None].float()
+        variance = kept * self.std**2 + 1 - kept
+        return (1 - kept).sqrt() * (x - kept.sqrt() * self.mean) / variance
+
+
+@pytest.mark.parametrize("steps", [3, 64, 600])
+def test_ddim_takes_the_net_at_the_noise_that_is_there(steps):
+    """Noise of deviation 1 is narrowed alike in every pixel, by the product of what its steps narrow it, by hand."""
+    samples = Sampler(GaussianDiffusion(), "ddim", steps)(Normal(), torch.arange(8), None)
+    kept = GaussianDiffusion().alphas_cumprod[torch.linspace(0, 999, steps, dtype=torch.float64).round().long()]
+    a, b = kept.sqrt(), (1 - kept).sqrt()
+    narrowed = 1.0
+    for i in reversed(range(steps)):
+        variance = a[i] ** 2 * Normal.std**2 + b[i] ** 2
+        noise, data = b[i] / variance, (1 - b[i] ** 2 / variance) / a[i]  # per unit of what is left of the noise
+        narrowed *= data if i == 0 else a[i - 1] * data + b[i - 1] * noise
+    assert samples.std().item() == pytest.approx(float(narrowed), rel=0.03)
+    assert samples.mean().item() == pytest.approx(Normal.mean, abs=0.01)
+
+
+def test_ddim_is_that_of_diffusers_where_its_timesteps_are_evenly_spaced():
+    """With trailing ones, of a number of steps that divides 1000, it steps to the timestep that it visits next."""
+    scheduler = DDIMScheduler(trained_betas=GaussianDiffusion().betas.numpy(), timestep_spacing="trailing",
+                              clip_sample=False)  # fmt: skip
+    scheduler.set_timesteps(20)
+    visited = scheduler.timesteps.flip(0)
+    kept = GaussianDiffusion().alphas_cumprod[visited]
+    process = GaussianDiffusion(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), visited)
+    ours = theirs = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for step, timestep in zip(reversed(range(20)), scheduler.timesteps, strict=True):
+        noise = (ours * 0.9 + 0.05 * step).sin()
+        ours = process.ddim_sample(noise, ours, torch.full((2,), step))
+        theirs = scheduler.step(noise, timestep, theirs).prev_sample
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def dit() -> DiT:
