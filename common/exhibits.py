@@ -49,12 +49,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from common.errors import InputError
-from common.identity import config_hash
+from common.identity import config_hash, flatten
+
+if TYPE_CHECKING:
+    from common.training.cli import StudyCLI
 
 STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
 ROOT = Path(__file__).parent.parent
@@ -108,15 +111,25 @@ class Start:
     def command(self, stage: str) -> list[str]:
         return [sys.executable, "-m", self.arm.study, stage, *self.arguments]
 
-    @cached_property
+    @property
     def located(self) -> tuple[Path, str]:
         """The run folder, and the hash of the config that belongs into it."""
+        return self._parsed.folder, config_hash(self._parsed.resolved)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What a test of a generative model samples, as its record names it."""
+        options = flatten(self._parsed.resolved)
+        names = ("samples", "solver", "steps", "guidance", "guidance_channels", "seed")
+        return {name: options[f"model.predict.{name}"] for name in names}
+
+    @cached_property
+    def _parsed(self) -> StudyCLI:
         # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
         from common.training.cli import StudyCLI
 
         logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
-        cli = StudyCLI(self.arm.study, ["fit", *self.arguments], run=False)
-        return cli.folder, config_hash(cli.resolved)
+        return StudyCLI(self.arm.study, ["fit", *self.arguments], run=False)
 
     def shown(self, stage: str) -> str:
         return shlex.join(["python", *self.command(stage)[1:]])

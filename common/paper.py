@@ -28,8 +28,8 @@ from common.runs import changed_source, find_runs, read_run
 
 
 def state(start: Start) -> str:
-    """finished, not tested, unfinished, failed, unreadable, missing, or what a changed YAML leaves behind: another
-    config, and weights other than those that its source has now.
+    """finished, not tested (or by other samples than this arm's), unfinished, failed, unreadable, missing, or what a
+    changed YAML leaves behind: another config, and weights other than those that its source has now.
     """
     folder, expected_hash = start.located
     if not (folder / "results.json").is_file():
@@ -39,8 +39,11 @@ def state(start: Start) -> str:
         return "another config"
     if changed_source(run.results):
         return "of other weights"
-    untested = run.status == "finished" and start.judged_by and start.judged_by not in run.results["metrics"]
-    return "not tested" if untested else run.status
+    if run.status != "finished" or not start.judged_by:
+        return run.status
+    record = run.results.get("evaluation", {})
+    otherwise = "solver" in record and any(record.get(key) != value for key, value in start.sampling.items())
+    return "not tested" if otherwise or start.judged_by not in run.results["metrics"] else run.status
 
 
 def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:

@@ -324,6 +324,20 @@ def test_a_test_that_does_not_measure_the_metric_stops_at_the_first_arm(study):
     assert len(calls()) == 2
 
 
+def test_a_test_of_other_samples_is_not_this_arm_s(study, monkeypatch):
+    """Somebody tried more guidance on the same run since."""
+    generated = study(**GENERATED)["X1"]
+    scale = generated.scale("demo")
+    assert paper.run(generated, scale, 1) == 0
+    monkeypatch.setattr(Start, "sampling", {"samples": 8, "solver": "ddim", "guidance": 1.5})
+    path = Path("runs/supervised/tiny_set-p1-s0/results.json")
+    results = json.loads(path.read_text())
+    for guidance, state in [(1.5, "finished"), (4.0, "not tested")]:
+        record = {"samples": 8, "solver": "ddim", "guidance": guidance}
+        path.write_text(json.dumps(results | {"evaluation": record}))
+        assert [paper.state(start) for start in scale.starts(1)] == ["finished", "finished", state]
+
+
 def test_a_scale_may_draw_otherwise(study):
     scales = {"demo": {"config": "tiny_set"}, "paper": {"config": "tiny_set", "draws": "drawing --rows 3"}}
     exhibit = study(**GENERATED | {"draws": "drawing", "scales": scales})["X1"]
@@ -455,6 +469,8 @@ def test_diffusion_exhibits():
             assert before.shown("fit") == start.shown("fit") and before.stages == ("fit",)
             epochs = {"demo": 400, "paper": 1400}[scale]
             assert arms["T6"][arm].arm.overrides["trainer.max_epochs"] == epochs
+    assert exhibits["T5"].scale("paper").starts()[0].sampling == {
+        "samples": 50_000, "solver": "ddpm", "steps": 250, "guidance": 1.5, "guidance_channels": 3, "seed": 0}
     folders = {str(start.sources[option].located[0]) for seed in range(3)
                for start in exhibits["T5"].scale("demo").compared(3)[2 * seed :][:2] for option in start.sources}
     assert folders == {"runs/diffusion/autoencoder_digits-s0", "runs/supervised/digits-nano-p2-s0"}
