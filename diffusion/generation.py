@@ -166,7 +166,7 @@ class Generation(Experiment):
         self._close_folder()
 
     def _open_folder(self) -> None:
-        tag, net = next(self.evaluated("test"))
+        _, net = next(self.evaluated("test"))
         data, chosen = self.trainer.datamodule, self.predict
         steps = f"step{self.trained_steps}-" if self.trained_steps else ""
         self.folder = SampleFolder(Path(self.trainer.default_root_dir) / "samples" / f"{steps}{chosen.name}")

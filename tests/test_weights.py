@@ -11,7 +11,8 @@ import pytest
 from common.command import run_command
 from common.errors import InputError
 from common.weights import FILES, External, main, state
-from diffusion.evaluate import load_extractor
+from diffusion.evaluation import load_extractor
+from diffusion.features import INCEPTION_FILE
 from diffusion.perceptual import LINEAR, LPIPS
 
 # Of the three bytes "abc", as the algorithms' own standards print them.
@@ -51,8 +52,8 @@ def test_the_lpips_weights_that_torchmetrics_installs_are_the_published_ones(tmp
 def test_the_places_are_those_that_the_suite_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {external.name: str(Path("data") / external.file) for external in FILES}
-    with pytest.raises(InputError, match=re.escape(f" {files['inception']}")):
-        load_extractor("inception", None)
+    with pytest.raises(InputError, match=f"^{re.escape(files['inception'])}: there is no such file"):
+        load_extractor("inception", Path("data") / INCEPTION_FILE)
     with pytest.raises(InputError, match=re.escape(files["vgg16"])):
         LPIPS().load(Path("data"))
     assert files["lpips"] == str(Path("data") / LINEAR)

@@ -177,7 +177,8 @@ def test_what_is_no_classifier_is_refused_with_the_reason(run_folder, tmp_path):
             load_classifier(folder)
         return str(error.value)
 
-    assert "neither inception nor the run folder" in refusal(tmp_path / "nothing")
+    assert "there is no run folder" in refusal(tmp_path / "nothing")
+    assert "neither inception nor the run folder" in refusal(tmp_path)
     shutil.copytree(run_folder, tmp_path / "bare", ignore=lambda *_: ["checkpoints"])
     assert "bare holds no checkpoint" in refusal(tmp_path / "bare")
     text = (run_folder / "config.yaml").read_text()

@@ -59,7 +59,7 @@ def test_what_cannot_stand_side_by_side_is_refused(fit: Callable, monkeypatch, c
     a, small = fit("a"), fit("small", "--data.image_size", "4")
     figure = ["--figure", "f.png", *FEW]
     said = error([a, small, *figure], monkeypatch, capsys)
-    assert "runs/diffusion/small: generates latents of 4x4x1, and runs/diffusion/a of 8x8x1" in said
+    assert "runs/diffusion/small: generates latents of 4x4x1 for images of 4x4x1, and runs/diffusion/a of 8x8x1" in said
     assert not Path(a, "samples").exists()  # nothing was sampled for it
     said = error(["nowhere", *figure], monkeypatch, capsys)
     assert "nowhere: not the run folder of a trained model that generates images" in said
