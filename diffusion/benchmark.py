@@ -95,12 +95,12 @@ class TimedGeneration(Timed, Generation):
     data_class = RandomLatents
 
 
-def trained(patch_size: int, steps: int) -> StudyCLI:
+def trained(patch_size: int, steps: int, size: str = "nano") -> StudyCLI:
     """`fit` for one epoch, in a run folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as runs:
         return fit("diffusion", runs, "step", *RECIPE, "--model=diffusion.benchmark.TimedGeneration",
-                   f"--model.patch_size={patch_size}", "--data=diffusion.benchmark.RandomLatents",
-                   f"--data.steps={steps}", "--trainer.precision=bf16-mixed")  # fmt: skip
+                   f"--model.size={size}", f"--model.patch_size={patch_size}",
+                   "--data=diffusion.benchmark.RandomLatents", f"--data.steps={steps}", "--trainer.precision=bf16-mixed")  # fmt: skip
 
 
 def plain_loop(module: Generation, data: RandomLatents) -> float:
@@ -127,15 +127,15 @@ def plain_loop(module: Generation, data: RandomLatents) -> float:
         return (time.perf_counter() - start) / step
 
 
-def measure_step(patch_size: int, steps: int, rounds: int) -> tuple[str, ...]:
+def measure_step(patch_size: int, steps: int, rounds: int, size: str = "nano") -> tuple[str, ...]:
     """A row of the table; a round is a whole run of the Trainer and of the plain loop."""
-    cli = trained(patch_size, steps)  # imports and first calls are over before the clock runs
+    cli = trained(patch_size, steps, size)  # imports and first calls are over before the clock runs
     seconds = interleaved({
         "plain loop": lambda: plain_loop(cli.model, cli.datamodule),
-        "Trainer": lambda: trained(patch_size, steps).model.seconds,
+        "Trainer": lambda: trained(patch_size, steps, size).model.seconds,
     }, rounds)  # fmt: skip
     return (
-        f"nano/{patch_size}", f"{SIDE}x{SIDE}x{CHANNELS}", str(BATCH),
+        f"{size}/{patch_size}", f"{SIDE}x{SIDE}x{CHANNELS}", str(BATCH),
         *(f"{1e3 * statistics.median(values):.1f}" for values in seconds.values()),
         f"{ratios(seconds['plain loop'], seconds['Trainer']):.3f}",
     )  # fmt: skip
@@ -225,7 +225,7 @@ def measure_sampling(patch_size: int, samples: int, steps: int, rounds: int) -> 
 
 def results(options: argparse.Namespace) -> Iterator[str]:
     if options.mode in ("step", "all"):
-        rows = [measure_step(patch_size, options.steps, options.rounds) for patch_size in (1, 2)]
+        rows = [measure_step(patch_size, options.steps, options.rounds, options.size) for patch_size in (1, 2)]
         yield from ("", f"Training step under bf16, {options.steps} steps:", "", *table(STEP_COLUMNS, rows))
     if options.mode in ("latents", "all"):
         rows = [measure_latents(kind, options.rounds) for kind in ("vq", "kl")]
@@ -243,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m diffusion.benchmark", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=[*MODES, "all"], default="all", help="default: all")
+    parser.add_argument("--size", default="nano", help="step: row of the table of sizes (default nano)")
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
