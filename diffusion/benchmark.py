@@ -100,7 +100,8 @@ def trained(patch_size: int, steps: int, size: str = "nano") -> StudyCLI:
     with tempfile.TemporaryDirectory() as runs:
         return fit("diffusion", runs, "step", *RECIPE, "--model=diffusion.benchmark.TimedGeneration",
                    f"--model.size={size}", f"--model.patch_size={patch_size}",
-                   "--data=diffusion.benchmark.RandomLatents", f"--data.steps={steps}", "--trainer.precision=bf16-mixed")  # fmt: skip
+                   "--data=diffusion.benchmark.RandomLatents", f"--data.steps={steps}",
+                   "--trainer.precision=bf16-mixed")  # fmt: skip
 
 
 def plain_loop(module: Generation, data: RandomLatents) -> float:
