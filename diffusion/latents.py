@@ -56,7 +56,7 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
     data.trainer = SimpleNamespace(training=split == "train", predicting=False, seed=0)
     autoencoder, images = data.load_autoencoder().to(device), data.load(split)
     data.sets[split] = images
-    index = {"fingerprint": autoencoder.fingerprint(), "images": len(images), "shard": SHARD, "flips": flips,
+    index = {"fingerprint": data.fingerprint, "images": len(images), "shard": SHARD, "flips": flips,
              **data.prepared}  # fmt: skip
     started = folder / split / "started.json"
     if started.is_file() and read_json(started) != index:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.command import run_command
 from common.errors import InputError
-from common.training import run
+from common.runs import read_run
 
 if TYPE_CHECKING:
     from diffusion.generation import Generation
@@ -24,7 +24,7 @@ def shape_of(folder: Path) -> str:
     Raises:
         InputError: no run folder of this kind.
     """
-    recipe = run.read_results(folder).get("recipe", {})
+    recipe = read_run(folder).results.get("recipe", {})
     if "latent" not in recipe:
         raise InputError(f"{folder}: not the run folder of a trained model that generates images")
     return f"{recipe['latent']} for images of {recipe['image']}"
