@@ -33,9 +33,11 @@ Two keys of an arm are no overrides:
 
 An arm that others use is a step on the way: it is trained like any other, and is not compared. Where the metric is one
 of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a command of its
-own, which is given the compared arms' run folders of seed 0:
+own, which is given the compared arms' run folders:
 
       draws: diffusion.side_by_side --model.predict.guidance 4.0
+
+A figure of no training has neither arms nor a config and a metric.
 """
 
 from __future__ import annotations
@@ -171,10 +173,10 @@ class Scale:
     def compared(self, seeds: int | None = None) -> list[Start]:
         return [start for start in self.starts(seeds) if start.arm.name not in self.sources]
 
-    def drawing(self, exhibit: str) -> list[str]:
+    def drawing(self, exhibit: str, seeds: int | None = None) -> list[str]:
         """The command that draws the figure, to `figure`; it takes the time of locating the runs."""
         module, *options = self.draws
-        folders = [str(start.located[0]) for start in self.compared(1)]
+        folders = [str(start.located[0]) for start in self.compared(seeds)]
         return [sys.executable, "-m", module, *folders, "--figure", str(self.folder(exhibit) / "figure.png"), *options]
 
     def folder(self, exhibit: str) -> Path:
@@ -233,25 +235,26 @@ def read_exhibits(root: Path = ROOT) -> dict[str, Exhibit]:
 
 def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     where = f"{path}: {name}"
-    _check(entry, _KEYS, where, needed=("shows", "metric", "scales"))
+    _check(entry, _KEYS, where, needed=("shows", "scales"))
     paper = entry.get("paper", {})
     _check(paper, _PAPER_KEYS, f"{where}.paper")
-    metrics = _metrics(entry["metric"], where)
     arms, judged = entry.get("arms", {}), {key: entry[key] for key in ("metric", "draws") if key in entry}
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
     scales = {scale: _scale(study, path, name, scale, content, arms, judged)
               for scale, content in entry["scales"].items()}
-    return Exhibit(name, study, entry["shows"], metrics[0], paper.get("values", {}),
+    metric = _metrics(entry["metric"], where)[0] if "metric" in entry else ""
+    return Exhibit(name, study, entry["shows"], metric, paper.get("values", {}),
                    paper.get("differences", {}), paper.get("says", ""), paper.get("unknown", ""), scales)
 
 
 def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict) -> Scale:
     where = f"{path}: {exhibit}.scales.{name}"
-    _check(content, _SCALE_KEYS, where, needed=("config",))
     drawn = where if "draws" in content else f"{path}: {exhibit}"
-    content = judged | content
+    content = judged | _mapping(content, where, empty=True)
+    training = "draws" not in content or arms or "arms" in content
+    _check(content, _SCALE_KEYS, where, needed=("config", "metric") if training else ())
     if content.get("seeds", 1) < 1:
         raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
     for key in ("config", "runs"):
@@ -273,10 +276,10 @@ def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: 
                 raise InputError(f"{place}.runs.{option}: {source} is no arm above this one; there is {known}")
         made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own},
                              {option: str(source) for option, source in uses.items()})
-    if not made:
+    if not made and training:
         raise InputError(f"{where}: has no arms, and neither has the exhibit")
-    metrics = _metrics(content["metric"], where)
-    columns = metrics if isinstance(content["metric"], list) else ()
+    metrics = _metrics(content["metric"], where) if training else ("",)
+    columns = metrics if training and isinstance(content["metric"], list) else ()
     return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
                  _drawing(path, content["draws"], f"{drawn}.draws") if "draws" in content else ())
 

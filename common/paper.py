@@ -64,7 +64,7 @@ def _states(scale: Scale) -> str:
 
 def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
     """What an exhibit claims, and for each scale the source of its hyper-parameters and its commands."""
-    yield f"{exhibit.id}: {exhibit.shows}; judged by {exhibit.metric}"
+    yield f"{exhibit.id}: {exhibit.shows}" + (f"; judged by {exhibit.metric}" if exhibit.metric else "")
     yield from (f"  paper: {statement}" for statement in exhibit.statements)
     for name, scale in scales.items():
         starts = scale.starts()
@@ -115,7 +115,9 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
             tags = [tag for tag in sorted(read_run(folder).results["metrics"]) if tag.startswith("test/")]
             raise InputError(f"{exhibit.study}/paper.yaml: {exhibit.id}, scale {scale.name}: metric {start.judged_by}: "
                              f"the test of {folder} did not measure it; there is {', '.join(tags) or 'none of test/'}")
-    code = _called(scale.drawing(exhibit.id), f"{exhibit.id} {scale.name}, its figure") if scale.draws else 0
+    code = _called(scale.drawing(exhibit.id, seeds), f"{exhibit.id} {scale.name}, its figure") if scale.draws else 0
+    if not starts:
+        return code
     folders = {start.located[0]: start.arm.name for start in scale.compared(seeds)}
     report(exhibit, scale, folders, drawn=bool(scale.draws) and code == 0)
     return code

@@ -1,5 +1,5 @@
 """python -m diffusion.side_by_side RUN_FOLDER RUN_FOLDER --figure FILE: samples of trained models below each other, on
-the same noise and of the same classes (the paper's figure 3).
+the same noise and of the same classes (the paper's figure 3). Of runs that differ in seed alone the first is drawn.
 
 Options of `predict`, such as --model.predict.guidance 4, go to each of them; the samples stay in the run folders.
 """
@@ -61,7 +61,10 @@ def main(arguments: list[str]) -> int:
         if shape != (first := shapes[options.folders[0]]):
             raise InputError(f"{folder}: generates latents of {shape}, and {options.folders[0]} of {first}: their "
                              "noise is not the same")
-    models = {folder: sampled(folder, options.samples, overrides) for folder in options.folders}
+    arms: dict[str, Path] = {}
+    for folder in shapes:  # of an arm with several seeds the first
+        arms.setdefault(read_run(folder).arm, folder)
+    models = {folder: sampled(folder, options.samples, overrides) for folder in arms.values()}
     first = models[options.folders[0]]
     rows = [model.folder.read(0, options.samples, model.trainer.datamodule.channels) for model in models.values()]
     names = first.names_of(first.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,32 @@ class Classification(Experiment):
         return images
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        images, targets = self._mixed(batch)
         drops = self.draws("drop path", batch, 2 * self.net.depth) if self.net.drop_path else None
-        logits = self.net(self.transform(images), drops=drops).float()
+        logits, targets = self.logits(batch, drops)
         # timm's Mixup has smoothed the targets that it mixed.
-        return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else self.label_smoothing)
+        smoothing = 0.0 if targets.ndim == 2 else self.label_smoothing
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
-    def _mixed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Images and targets, (B,) labels or (B, classes) where mixup or cutmix is on (Zhang 2018, Yun 2019)."""
+    def logits(self, batch: dict[str, Tensor], drops: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of a training batch, with its targets: (B, classes), and (B,) or (B, classes)."""
+        images, targets = self.mixed(batch["image"], batch["label"])
+        return self.net(self.transform(images), drops=drops), targets
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W), in place, and targets: (B,) labels, or (B, classes) where mixup or cutmix is on.
+
+        By Zhang et al. (2018) and Yun et al. (2019).
+        """
         if not (self.mixup or self.cutmix):
-            return batch["image"], batch["label"]
-        if len(batch["label"]) % 2:
-            raise InputError(f"data.batch_size: mixup pairs images, and {len(batch['label'])} on a device are odd")
-        with seeded("mixup", self.trainer.seed, self.trainer.global_step):  # one lambda and box for the global batch
-            return self._timm_mixup(batch["image"], batch["label"])
+            return images, labels
+        with self.mixing(labels):
+            return self._timm_mixup(images, labels)
+
+    def mixing(self, labels: Tensor) -> AbstractContextManager[None]:
+        """Seeds the global generators for a mixture: one lambda and box for the global batch."""
+        if len(labels) % 2:
+            raise InputError(f"data.batch_size: mixup pairs images, and {len(labels)} on a device are odd")
+        return seeded("mixup", self.trainer.seed, self.trainer.global_step)
 
     @cached_property
     def _timm_mixup(self) -> Any:
@@ -105,8 +118,12 @@ class Classification(Experiment):
     def metrics(self, data: ImageData) -> MetricCollection:
         return MetricCollection({"loss": MeanMetric(), "acc1": TopK(1), "acc5": TopK(5)})
 
+    def predicted(self, net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The logits (B, classes) of a batch that is no training's."""
+        return net(self.transform(batch["image"]))
+
     def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
-        logits = net(self.transform(batch["image"])).float()
+        logits = self.predicted(net, batch).float()
         scores["loss"].update(F.cross_entropy(logits, batch["label"], reduction="none"))
         for name in ("acc1", "acc5"):
             scores[name].update(logits, batch["label"])
@@ -118,7 +135,7 @@ class Classification(Experiment):
 
     def predict_step(self, batch: dict[str, Any], _: int) -> None:
         _, net = next(self.evaluated("predict"))
-        probabilities, classes = net(self.transform(batch["image"])).float().softmax(-1).topk(min(5, self.net.classes))
+        probabilities, classes = self.predicted(net, batch).float().softmax(-1).topk(min(5, self.net.classes))
         self._predictions += zip(batch["file"], classes.tolist(), probabilities.tolist(), strict=True)
 
     def on_predict_epoch_end(self) -> None:

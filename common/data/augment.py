@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.data import colour
-from common.data.crop import BOX_DRAWS, Boxes, Interpolation, crop, crop_one, fit, fit_one, random_boxes
+from common.data.crop import BOX_DRAWS, Boxes, Filter, Interpolation, crop, crop_one, fit, fit_one, random_boxes
 from common.errors import InputError
 from common.randomness import uniform
 
@@ -30,8 +30,8 @@ class Augment:
         crop_scale: the crop's share of the image's area, low and high; null takes the whole image, its short side
             resized to fit, and its centre.
         crop_ratio: the crop's width / height, low and high.
-        interpolation: of the crop; antialiased. adm is the preprocessing of ADM and DiT, for whole images: halved by a
-            box filter while they are twice too large, bicubic for the rest.
+        interpolation: of the crop; antialiased, but for nearest, which copies single pixels. adm is the preprocessing of
+            ADM and DiT, for whole images: halved by a box filter while they are twice too large, bicubic for the rest.
         flip: probability of mirroring left and right.
         jitter: how far brightness, contrast and saturation may leave 1 and hue may leave 0 (half a circle is 0.5); the
             four come in an order drawn for each image.
@@ -39,6 +39,8 @@ class Augment:
         grayscale: probability of losing all colour.
         rand_augment: timm's description of a RandAugment, such as rand-m9-mstd0.5-inc1; image by image, in PIL, so the
             loader's processes do it.
+        rand_augment_interpolation: of its rotations and shears, at the image's final size; by default the crop's, and
+            bicubic where that is adm or nearest.
     """
 
     crop_scale: tuple[float, float] | None = None
@@ -49,6 +51,7 @@ class Augment:
     jitter_probability: float = 1.0
     grayscale: float = 0.0
     rand_augment: str | None = None
+    rand_augment_interpolation: Filter | None = None
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter_probability", "grayscale"):

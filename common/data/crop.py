@@ -2,18 +2,19 @@
 
 A resized row is a weighted sum of rows of the box, so a crop is `rows @ image @ columns.T`; mirroring permutes the
 columns' weights and costs nothing. The weights are those of torchvision's and PIL's antialiased filters: their support
-widens with the scale where a box shrinks. ADM's preprocessing (`adm`) is not of this kind and goes through PIL.
+widens with the scale where a box shrinks. `nearest` copies single pixels instead (paper, App. G). ADM's preprocessing
+(`adm`) is not of this kind and goes through PIL.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Filter = Literal["bilinear", "bicubic"]
+Filter = Literal["bilinear", "bicubic", "nearest"]
 Interpolation = Literal[Filter, "adm"]
 TRIES = 10  # of torchvision's RandomResizedCrop, before it falls back to a central box
 BOX_DRAWS = 2 * TRIES + 2
@@ -71,6 +72,8 @@ def weights(
         place = torch.where(flip[:, None], size - 1 - place, place)
     scale = (length / size)[:, None]
     centre = (start[:, None] + (place + 0.5) * scale)[:, :, None]
+    if interpolation == "nearest":  # the pixel that the resized one's centre lies in, as PIL
+        return (centre.floor() == torch.arange(source, device=start.device)).float()
     pixel = torch.arange(source, device=start.device) + 0.5
     x = _filter((pixel - centre) / scale.clamp(min=1)[:, :, None], interpolation)
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
@@ -138,21 +141,26 @@ def _margins(resized: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
 
 def crop_one(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int], how: Filter) -> Tensor:
     """The same crop of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
-    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resized_crop
 
-    return resized_crop(image, *box, list(size), InterpolationMode(how), antialias=True)
+    return resized_crop(image, *box, list(size), _mode(how), antialias=True)
 
 
 def fit_one(image: Tensor, size: tuple[int, int], share: float, how: Interpolation) -> Tensor:
     """The same fit of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
     if how == "adm":
         return adm_crop(image, size[0])
-    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 
     resized = fitted(*image.shape[-2:], size, share)
-    return center_crop(resize(image, list(resized), InterpolationMode(how), antialias=True), list(size))
+    return center_crop(resize(image, list(resized), _mode(how), antialias=True), list(size))
+
+
+def _mode(how: Filter) -> Any:
+    """torchvision's name. Its own nearest is another: half a pixel up and left of where PIL copies from."""
+    from torchvision.transforms import InterpolationMode
+
+    return InterpolationMode.NEAREST_EXACT if how == "nearest" else InterpolationMode(how)
 
 
 def adm_crop(image: Tensor, size: int) -> Tensor:

@@ -40,7 +40,7 @@ class ImageData(GlobalBatchData):
         std: likewise.
         eval_crop: share of the side that the central crop of an evaluation keeps: the image is first resized so that
             its short side is int(image_size / eval_crop).
-        eval_interpolation: of that resizing; antialiased. adm, as in Augment, needs an eval_crop of 1 and squares.
+        eval_interpolation: of that resizing, as in Augment; adm needs an eval_crop of 1 and squares.
         max_unreadable: training images that may be unreadable and are replaced; more of them stop the run.
         images: a folder of images to predict, its subfolders included.
         **kwargs: see GlobalBatchData.
@@ -135,11 +135,15 @@ class ImageData(GlobalBatchData):
 
     def _preparation(self, split: str) -> TrainingPreparation | EvaluationPreparation | None:
         """What a split's images need before they are a batch; None leaves it to the device."""
-        if self.source.resident and split != "predict" and not (split == "train" and self.augment.rand_augment):
+        if self._on_device(split):
             return None
         if split == "train":
             return TrainingPreparation(self.augment, self.image_size, self.trainer.seed, self.mean)
         return EvaluationPreparation(self.image_size, self.eval_crop, self.eval_interpolation)
+
+    def _on_device(self, split: str) -> bool:
+        """Whether a split's images are cropped in batches on the device: those in memory, but for what needs PIL."""
+        return self.source.resident and split != "predict" and not (split == "train" and self.augment.rand_augment)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         trainer = self.trainer
@@ -147,11 +151,11 @@ class ImageData(GlobalBatchData):
         mean, std = images.new_tensor(self.mean, dtype=torch.float), images.new_tensor(self.std, dtype=torch.float)
         if trainer.training:
             draws = self.augment.draws(trainer.seed, batch["epoch"], batch["index"])
-            size = None if self.sets["train"].prepare else self.image_size
+            size = self.image_size if self._on_device("train") else None
             images = self.augment.batch(images, draws, size, mean, std)
         else:
             images = images.float() / 255
-            if self.source.resident and not trainer.predicting:
+            if self._on_device("predict" if trainer.predicting else "val"):
                 images = fit(images, self.image_size, self.eval_crop, self.eval_interpolation).clamp(0, 1)
             images = normalised(images, mean, std)
         return {**batch, "image": images}

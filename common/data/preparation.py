@@ -45,10 +45,12 @@ def _rand_augment(augment: Augment, size: tuple[int, int], mean: Sequence[float]
     from timm.data.auto_augment import rand_augment_transform
     from timm.data.transforms import str_to_pil_interp
 
+    crop = augment.interpolation
+    how = augment.rand_augment_interpolation or ("bicubic" if crop in ("adm", "nearest") else crop)
     given = {
         "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
         "translate_const": int(min(size) * 0.45),
-        "interpolation": str_to_pil_interp("bicubic" if augment.interpolation == "adm" else augment.interpolation),
+        "interpolation": str_to_pil_interp(how),
     }
     try:
         return rand_augment_transform(augment.rand_augment, given)

@@ -5,6 +5,8 @@ One multiply-add is 2 FLOP. Norms, GELU, softmax and residuals are left out: the
 
 from typing import Literal
 
+from torch import nn
+
 from common.model.vit import VisionTransformer
 
 
@@ -22,7 +24,8 @@ def block_flops(tokens: int, width: int) -> int:
 
 def forward_flops(model: VisionTransformer) -> int:
     """FLOPs of one image's forward."""
-    embedding = 2 * model.tokens * model.patch_size**2 * model.channels * model.width
+    projections = (module.weight for module in model.patch_embed.modules() if isinstance(module, nn.Linear))
+    embedding = 2 * model.tokens * sum(weight.numel() for weight in projections)
     blocks = model.depth * block_flops(model.num_prefix_tokens + model.tokens, model.width)
     return embedding + blocks + 2 * model.width * model.classes
 

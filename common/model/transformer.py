@@ -14,7 +14,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask: tokens (B, N, D) -> (B, N, D).
+    """Multi-head self-attention: tokens (B, N, D) -> (B, N, D).
 
     `qk_norm` normalises queries and keys per head (Dehghani et al. 2023).
     """
@@ -27,8 +27,10 @@ class Attention(nn.Module):
         self.k_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, N) is true for the tokens that are attended to; without one, all are."""
+        keys = None if mask is None else mask[:, None, None]
+        return self.proj(F.scaled_dot_product_attention(*self.split(x), attn_mask=keys).transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, N, K)."""
@@ -70,13 +72,16 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) -> (B, N, D). `draws` (B, 2) are uniform in [0, 1), for the attention and for the MLP."""
+    def forward(self, x: Tensor, draws: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) -> (B, N, D). `draws` (B, 2) are uniform in [0, 1), for the attention and for the MLP.
+
+        `mask` (B, N) is true for the tokens that are attended to.
+        """
         if draws is None or self.drop_path == 0.0:
-            x = x + self.attn(self.norm1(x))
+            x = x + self.attn(self.norm1(x), mask)
             return x + self.mlp(self.norm2(x))
         scale = keep_scale(draws, self.drop_path)
-        x = x + scaled(self.attn(self.norm1(x)), scale[:, 0])
+        x = x + scaled(self.attn(self.norm1(x), mask), scale[:, 0])
         return x + scaled(self.mlp(self.norm2(x)), scale[:, 1])
 
 

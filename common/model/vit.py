@@ -162,16 +162,16 @@ class VisionTransformer(nn.Module):
         prefix = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
-    def encode(self, x: Tensor, drops: Tensor | None = None) -> Tensor:
-        """Run the blocks over any set of embedded tokens (B, N, D)."""
+    def encode(self, x: Tensor, drops: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Run the blocks over any set of embedded tokens (B, N, D), of which `mask` (B, N) may leave some out."""
         assert drops is not None or not (self.training and self.drop_path), "drop_path > 0 needs draws in training"
         for index, block in enumerate(self.blocks):
             draws = None if drops is None else drops[:, 2 * index : 2 * index + 2]
             if index < self.checkpoint_blocks and torch.is_grad_enabled():
                 # The blocks draw no random numbers, so there is no generator state to keep.
-                x = checkpoint(block, x, draws, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, draws, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, draws)
+                x = block(x, draws, mask)
         return x
 
     def forward_head(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Classification under a fixed pixel permutation: which of ViT's two locality designs matters (paper, section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from common.training.initialisation import content_of
+from locality_ablation.permutation import INTACT, Permutation, PixelPermutation
+from supervised import Classification
+
+
+class PermutedClassification(Classification):
+    """Classification of images whose pixels have changed places: after all augmentation, and in every stage alike.
+
+    Position embeddings are an option of the model: `position` learned, sincos or none.
+
+    Args:
+        permutation: which pixels change places; by default none.
+        **kwargs: see `supervised.Classification`.
+    """
+
+    def __init__(self, permutation: Permutation = INTACT, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.permutation = permutation
+        self.permuted: PixelPermutation | None = None
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.permuted is None:
+            size = self.net.image_size
+            self.permuted = PixelPermutation(self.permutation.order(size, self.net.patch_size, self.trainer.seed), size)
+            if self.init_from:
+                self._compare(content_of(self.init_from).get("state_dict", {}).get("permuted.order"))
+
+    def _compare(self, order: Tensor | None) -> None:
+        if order is not None and not torch.equal(order, self.permuted.order):
+            rank_zero_warn(f"--init_from: {self.init_from} was trained under another permutation; model.permutation's "
+                           "is used")
+
+    def transform(self, images: Tensor) -> Tensor:
+        return self.permuted(images)
+
+    def notes(self, net: nn.Module) -> dict[str, Any]:
+        pixels, moved = len(self.permuted.order), self.permuted.moved
+        return {"swapped pairs": f"{moved // 2} of {pixels // 2} ({moved / pixels:.1%})"}
