@@ -251,8 +251,9 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
 
 def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict) -> Scale:
     where = f"{path}: {exhibit}.scales.{name}"
+    content = _mapping(content, where, empty=True)
     drawn = where if "draws" in content else f"{path}: {exhibit}"
-    content = judged | _mapping(content, where, empty=True)
+    content = judged | content
     training = "draws" not in content or arms or "arms" in content
     _check(content, _SCALE_KEYS, where, needed=("config", "metric") if training else ())
     if content.get("seeds", 1) < 1:
