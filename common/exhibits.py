@@ -238,13 +238,13 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     _check(entry, _KEYS, where, needed=("shows", "scales"))
     paper = entry.get("paper", {})
     _check(paper, _PAPER_KEYS, f"{where}.paper")
+    metric = _metrics(entry["metric"], where)[0] if "metric" in entry else ""
     arms, judged = entry.get("arms", {}), {key: entry[key] for key in ("metric", "draws") if key in entry}
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
     scales = {scale: _scale(study, path, name, scale, content, arms, judged)
               for scale, content in entry["scales"].items()}
-    metric = _metrics(entry["metric"], where)[0] if "metric" in entry else ""
     return Exhibit(name, study, entry["shows"], metric, paper.get("values", {}),
                    paper.get("differences", {}), paper.get("says", ""), paper.get("unknown", ""), scales)
 

@@ -1,5 +1,5 @@
-"""python -m locality_ablation.accuracy RUN_FOLDER... --figure FILE: accuracy against the number of swaps, or against how
-far they reach (the paper's figure 5). Runs that differ in seed alone are one point, mean and standard deviation.
+"""python -m locality_ablation.accuracy RUN_FOLDER... --figure FILE: accuracy against the number of swaps, or against
+how far they reach (the paper's figure 5). Runs that differ in seed alone are one point, mean and standard deviation.
 """
 
 from __future__ import annotations

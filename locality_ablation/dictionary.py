@@ -1,4 +1,4 @@
-"""Dictionary tokens (paper, appendix F): a pixel's token is looked up by its intensities, and not computed from them."""
+"""Dictionary tokens (paper, appendix F): a pixel's token is looked up by its intensities and not computed from them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from common.errors import InputError
 from common.model import VisionTransformer
-from common.randomness import seeded
 from locality_ablation.segmented_images import SegmentedImages
 from supervised import Classification
 
@@ -38,8 +37,9 @@ class SegmentTokens(nn.Module):
         batch, _, height, width = images.shape
         x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
         y = (torch.arange(height, device=images.device) * 2 + 1) / height - 1
-        place = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x).expand(height, width)])
-        pixels = torch.cat([images.float(), place.expand(batch, -1, -1, -1)], dim=1).flatten(2).transpose(1, 2)
+        plane = (batch, 1, height, width)
+        further = [x.expand(plane), y[:, None].expand(plane), torch.ones_like(x).expand(plane)]  # the last counts
+        pixels = torch.cat([images.float(), *further], dim=1).flatten(2).transpose(1, 2)
         slots = segments.flatten(1) + self.limit * torch.arange(batch, device=images.device)[:, None]
         sums = pixels.new_zeros(batch * self.limit, pixels.shape[2])
         sums = sums.index_add(0, slots.flatten(), pixels.flatten(0, 1)).view(batch, self.limit, -1)

@@ -1,4 +1,4 @@
-"""Images cut into irregular segments, which become tokens (paper, appendix H). Exploratory: the paper says little of it.
+"""Images cut into irregular segments, which become tokens (paper, appendix H).
 
 Shapes: B batch, C channels, H x W pixels, S segments.
 """
@@ -52,7 +52,8 @@ class Segmentation:
 class Slic(Segmentation):
     """SLIC (Achanta et al. 2012): k-means of colour and place, from a regular grid.
 
-    After few iterations segments are still close to the grid, that is to patches.
+    After few iterations segments are still close to the grid, that is to patches: the first of scikit-image knows no
+    colour and leaves the grid as it is, where nothing is too small or too large.
 
     Args:
         iterations: of k-means.
@@ -66,8 +67,8 @@ class Slic(Segmentation):
     ) -> None:
         super().__init__(limit)
         if iterations < 1 or segments < 1:
-            raise InputError(f"data.segmentation: {iterations} iterations from {segments} segments; SLIC needs 1 or more "
-                             "of both")
+            raise InputError(f"data.segmentation: {iterations} iterations from {segments} segments; SLIC needs 1 or "
+                             "more of both")
         self.iterations, self.segments, self.compactness = iterations, segments, compactness
 
     def cut(self, image: np.ndarray) -> np.ndarray:
@@ -145,9 +146,9 @@ def merge(labels: np.ndarray, image: np.ndarray, limit: int) -> tuple[np.ndarray
 def _neighbours(labels: np.ndarray, count: int) -> list[set[int]]:
     """The segments that touch each, side by side or one above the other."""
     pairs = [(labels[:, :-1], labels[:, 1:]), (labels[:-1], labels[1:])]
-    touching = np.unique(np.concatenate([np.stack([a.ravel(), b.ravel()], 1)[(a != b).ravel()] for a, b in pairs]), axis=0)
+    borders = [np.stack([a[a != b], b[a != b]], axis=1) for a, b in pairs]
     found: list[set[int]] = [set() for _ in range(count)]
-    for one, other in touching.tolist():
+    for one, other in np.unique(np.concatenate(borders), axis=0).tolist():
         found[one].add(other)
         found[other].add(one)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data import ImageData
@@ -45,8 +44,8 @@ class SegmentedImages(ImageData):
         super().__init__(**kwargs)
         self.segmentation = segmentation
         if any(self.augment.jitter) or self.augment.grayscale:
-            raise InputError("data.augment: jitter and grayscale change images on the device, after they were segmented; "
-                             "set both to 0, or use rand_augment")
+            raise InputError("data.augment: jitter and grayscale change images on the device, after they were "
+                             "segmented; set both to 0, or use rand_augment")
 
     def load(self, split: str) -> Dataset:
         return SegmentedSet(super().load(split), self.segmentation)

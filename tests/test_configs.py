@@ -495,7 +495,7 @@ def test_the_event_file_of_rooms_holds_curves_hparams_and_pictures(command: Call
     events.Reload()
     measured = {tag: [e.step for e in events.Scalars(tag) if not math.isnan(e.value)]
                 for tag in events.Tags()["scalars"]}  # HPARAMS writes a NaN of each headline
-    for tag in ("train/loss", "train/lr", "train/images_per_second"):
+    for tag in ("train/loss", "train/lr", "train/images_per_second", "train/data_wait"):
         assert measured[tag] == [1, 2, 3, 4, 5, 6]
     for tag in ("val/rmse", "val/rae", "val/rmse_low", "val/delta1"):
         assert measured[tag] == [3, 6]

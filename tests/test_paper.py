@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9")
 MAE_IDS = ("T4a", "T4b")
 DIFFUSION_IDS = ("T5", "T6", "F3")
+LOCALITY_IDS = ("F4", "F5-left", "F5-right", "PE", "T7", "T8", "T9", "scope", "shuffle")
 CHAIN = {
     "arms": {
         "S/2": {"model.patch_size": 2},
@@ -41,6 +42,7 @@ def exhibits(tmp_path, monkeypatch):
         (tmp_path / file).write_text(f"# Where lr of {file} comes from.\n#\n# Steps: 9.\nmodel: {{}}\n")
 
     def read(**changes):
+        """With these keys changed, or left out where they are None."""
         entry = {
             "shows": "one against two", "metric": "val/acc1",
             "paper": {"differences": {"S/1 - S/2": 1.5}, "unknown": "both values"},
@@ -51,6 +53,7 @@ def exhibits(tmp_path, monkeypatch):
             },
             **changes,
         }
+        entry = {key: value for key, value in entry.items() if value is not None}
         (tmp_path / "supervised" / "paper.yaml").write_text(yaml.safe_dump({"X1": entry}, sort_keys=False))
         return read_exhibits(tmp_path)
 
@@ -281,8 +284,8 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
     runs = [[f"runs/supervised/tiny_set-p2-s{seed}", *[judge] * (seed == 0),
              f"runs/supervised/tiny_set-p1-s{seed} {judge}"] for seed in (0, 1)]
     expected = [line for seed in runs for run in seed for line in [run, *[f"test {run}"] * (run != judge)]]
-    drawn = ("drawing runs/supervised/tiny_set-p2-s0 runs/supervised/tiny_set-p1-s0 "
-             "--figure runs/paper/X1-demo/figure.png --rows 2")
+    folders = " ".join(f"runs/supervised/tiny_set-p{patch}-s{seed}" for seed in (0, 1) for patch in (2, 1))
+    drawn = f"drawing {folders} --figure runs/paper/X1-demo/figure.png --rows 2"
     assert calls() == [*expected, drawn]
     out = capfd.readouterr().out
     assert "20.50 ± 0.71 (2)" in out and "10.50 ± 0.71 (2) *" in out and "1.0000 ± 0.0000 (2)" in out
@@ -479,7 +482,41 @@ def test_diffusion_exhibits():
         "test/fid", "test/sfid", "test/inception_score", "test/precision", "test/recall")
 
 
-@pytest.mark.parametrize("name", IDS + MAE_IDS + DIFFUSION_IDS)
+def test_a_figure_of_no_training_is_drawn_alone(study, capfd):
+    (exhibit,) = study(metric=None, arms=None, paper=None, draws="drawing --rows 2",
+                       scales={"demo": None, "paper": {"draws": "drawing"}}).values()
+    assert paper.run(exhibit, exhibit.scale("demo"), None) == 0
+    assert calls() == ["drawing --figure runs/paper/X1-demo/figure.png --rows 2"]
+    assert not Path("runs/paper/X1-demo/comparison.md").exists()
+    shown = list(paper.show(exhibit, exhibit.scales))
+    assert shown[0] == "X1: one against two"
+    assert "  python -m drawing --figure runs/paper/X1-paper/figure.png" in shown
+
+
+def test_locality_exhibits():
+    """The demo's shares of all pairs are the paper's, and an arm that two figures share is one run."""
+    exhibits = read_exhibits()
+    left, right = exhibits["F5-left"], exhibits["F5-right"]
+    assert left.values == {"T 0": 82.4, "T 25K": 57.2} and left.differences == {"T 25K - T 0": -25.2}
+    swaps = {scale: [arm.overrides.get("model.permutation.swaps", 0) for arm in left.scale(scale).arms]
+             for scale in left.scales}
+    assert swaps["paper"] == [0, 1000, 5000, 10_000, 15_000, 20_000, 25_000]
+    for scale, pairs in [("demo", 16 * 16 // 2), ("gpu", 32 * 32 // 2)]:
+        assert swaps[scale] == [round(pairs * t / 25_088) for t in swaps["paper"]]
+    for scale in ("demo", "gpu", "paper"):
+        (_, *arms), deltas = right.scale(scale).arms, [2, 4, 8, *[16, 32] * (scale == "paper"), None]
+        twice = [swaps[scale][3]] * len(deltas) + [swaps[scale][5]] * len(deltas)
+        assert [arm.overrides["model.permutation.swaps"] for arm in arms] == twice
+        assert [arm.overrides.get("model.permutation.delta") for arm in arms] == deltas * 2
+        folders = [{start.located[0] for start in exhibit.scale(scale).starts()} for exhibit in (left, right)]
+        assert len(folders[0] & folders[1]) == 3
+    assert exhibits["PE"].differences == {"none - sincos": -1.5}
+    for name in ("T7", "T8", "T9", "scope", "shuffle"):
+        assert not exhibits[name].values and set(exhibits[name].scales) == {"demo", "gpu", "paper"}
+    assert not exhibits["F4"].scale("demo").arms
+
+
+@pytest.mark.parametrize("name", IDS + MAE_IDS + DIFFUSION_IDS + LOCALITY_IDS)
 def test_every_arm_parses_on_the_real_command_line(name, monkeypatch):
     """Every override is a key of its config, and no two arms of a scale fall into one run folder."""
     monkeypatch.chdir(ROOT)

@@ -30,8 +30,9 @@ class Augment:
         crop_scale: the crop's share of the image's area, low and high; null takes the whole image, its short side
             resized to fit, and its centre.
         crop_ratio: the crop's width / height, low and high.
-        interpolation: of the crop; antialiased, but for nearest, which copies single pixels. adm is the preprocessing of
-            ADM and DiT, for whole images: halved by a box filter while they are twice too large, bicubic for the rest.
+        interpolation: of the crop; antialiased, but for nearest, which copies single pixels. adm is the preprocessing
+            of ADM and DiT, for whole images: halved by a box filter while they are twice too large, bicubic for the
+            rest.
         flip: probability of mirroring left and right.
         jitter: how far brightness, contrast and saturation may leave 1 and hue may leave 0 (half a circle is 0.5); the
             four come in an order drawn for each image.

@@ -107,6 +107,7 @@ class GlobalBatchData(L.LightningDataModule):
         self.batch_size, self.batch_per_device = batch_size, batch_per_device
         self.workers, self.eval_batch_size = workers, eval_batch_size
         self.sets: dict[str, Dataset] = {}
+        self.arrived: Callable[[], None] = lambda: None  # called when a batch has come out of a loader
 
     def load(self, split: str) -> Dataset:
         """The data set of a split: train, val, test or predict."""
@@ -177,6 +178,10 @@ class GlobalBatchData(L.LightningDataModule):
         trainer = self.trainer
         order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, trainer.global_rank, trainer.world_size)
         return self.loader(split, order)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.arrived()
+        return batch
 
     def train_dataloader(self) -> DataLoader:
         return self.loader("train", self._order())

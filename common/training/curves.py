@@ -8,18 +8,23 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from common.model.flops import peak_flops
 
+STARVING = 0.3  # share of the time without data from which a warning is due
+
 
 class Curves(L.Callback):
-    """Writes `train/loss`, `train/lr`, `train/images_per_second` and `train/mfu` every `log_every_n_steps` steps.
+    """Writes `train/loss`, `train/lr`, `train/images_per_second`, `train/data_wait` and `train/mfu` every
+    `log_every_n_steps` steps.
 
     Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
     `train/l1`. The loss, like them, is that of the step's whole global batch. Between two points nothing is read from
     the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too. `train/mfu`,
     the share of the devices' peak that the model's own FLOPs reach, is left out where the peak is not known.
+    `train/data_wait` is the share of the time in which there was no batch to train on; where it is large, that is said.
     """
 
     def __init__(self) -> None:
@@ -28,11 +33,17 @@ class Curves(L.Callback):
         self.clock = time.perf_counter  # replaced in tests
         self._sums: dict[str, torch.Tensor] = {}  # of the step's micro-batches so far
         self._lr = 0.0
-        self._started = 0.0
-        self._steps = 0
+        self._started = self._idle_since = 0.0
+        self._steps, self._waited = 0, 0.0
+        self._points = 0  # of this start
+        self._starving = False  # and said so
 
     def _restart_clock(self, *_: Any) -> None:
-        self._started, self._steps = self.clock(), 0
+        self._started = self._idle_since = self.clock()
+        self._steps, self._waited = 0, 0.0
+
+    def _batch_arrived(self) -> None:
+        self._waited += self.clock() - self._idle_since
 
     # Validation, and what the end of an epoch writes, are not training time.
     on_validation_end = on_train_epoch_start = _restart_clock
@@ -41,12 +52,14 @@ class Curves(L.Callback):
         device = trainer.strategy.root_device
         if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
             self.peak_flops = peak * trainer.world_size
+        trainer.datamodule.arrived = self._batch_arrived
         self._restart_clock()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         self._lr = max(group["lr"] for group in optimizer.param_groups)  # the schedule moves on before the batch ends
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
+        self._idle_since = self.clock()
         for name, value in out.items():
             # Lightning has divided the loss by the number of micro-batches, and nothing beside it.
             share = value.detach() if name == "loss" else value.detach() / trainer.accumulate_grad_batches
@@ -64,14 +77,24 @@ class Curves(L.Callback):
         if not math.isfinite(loss):
             raise FloatingPointError(f"train/loss is {loss} at step {step}; the last checkpoint is kept. Try a lower "
                                      "model.optim.lr, a longer warm-up, model.qk_norm, or trainer.gradient_clip_val")
-        images_per_second = self._steps * trainer.datamodule.global_batch / max(self.clock() - self._started, 1e-9)
+        seconds = max(self.clock() - self._started, 1e-9)
+        images_per_second = self._steps * trainer.datamodule.global_batch / seconds
         self.values = {
             **{f"train/{name}": value for name, value in scalars.items()},
             "train/lr": self._lr,
             "train/images_per_second": images_per_second,
+            "train/data_wait": self._waited / seconds,
         }
+        self._warn_of_starving(trainer, self._waited / seconds)
         if self.peak_flops:
             flops = module.cost(module.net).training_flops * images_per_second
             self.values["train/mfu"] = flops / self.peak_flops
         trainer.logger.log_metrics(self.values, step=step)
         self._restart_clock()
+
+    def _warn_of_starving(self, trainer: L.Trainer, share: float) -> None:
+        self._points += 1
+        if share > STARVING and self._points > 1 and not self._starving:  # the first has the start of the workers in it
+            self._starving = True
+            rank_zero_warn(f"training waits for its data for {share:.0%} of the time (train/data_wait); data.workers: "
+                           f"{trainer.datamodule.workers}, more of them would help where there are cores")

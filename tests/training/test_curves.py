@@ -1,6 +1,7 @@
 """What the curves say is true: loss of the whole batch, images over training time, and nothing that is not finite."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NoiseData
 
 from common.training.checkpoints import Checkpoints, read
 from common.training.curves import Curves
@@ -77,6 +79,33 @@ def test_mfu_is_the_share_of_the_peak(train: Callable):
     module = train(Time(curves), curves).lightning_module
     forward = module.cost(module.net).forward_flops
     assert curves.values["train/mfu"] == pytest.approx(3 * forward * 8 / 0.5 / 1e6)
+
+
+@pytest.mark.parametrize("seconds, warned", [(0.1, False), (0.5, True)])
+def test_waiting_for_data_is_measured_and_said_once(train: Callable, scalars: Callable, monkeypatch, seconds, warned):
+    """Half a second of work a step, and before it the time that the loader takes."""
+    curves, fetch = Curves(), NoiseData.train_dataloader
+    clock = Time(curves)
+
+    def slow(data: NoiseData):
+        loader = fetch(data)
+        collate = loader.collate_fn
+
+        def wait(batch):
+            clock.now += seconds
+            return collate(batch)
+
+        loader.collate_fn = wait
+        return loader
+
+    monkeypatch.setattr(NoiseData, "train_dataloader", slow)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = train(clock, curves, epochs=2, log_every_n_steps=1)
+    shares = scalars(trainer.logger.log_dir)["train/data_wait"]
+    assert shares == [(step, pytest.approx(seconds / (seconds + 0.5))) for step in range(1, 11)]
+    said = [str(warning.message) for warning in caught if "training waits for its data" in str(warning.message)]
+    assert len(said) == warned and all("for 50% of the time (train/data_wait); data.workers: 0" in line for line in said)
 
 
 class Poison(L.Callback):
