@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.command import run_command
 from common.errors import InputError
+from common.training.checkpoints import newest_readable
 from common.training.initialisation import content_of, weights_in
 
 SHOWN = 16  # positions along a side that have a map of their own
@@ -42,11 +43,13 @@ class Similarity(NamedTuple):
 
 
 def similarity(folder: str) -> Similarity:
-    """Of a run folder's position table.
+    """Of the position table in a run folder or a checkpoint.
 
     Raises:
         InputError: no run folder, or one whose model has no position table.
     """
+    if not Path(folder).is_file() and newest_readable(Path(folder) / "checkpoints") is None:
+        raise InputError(f"{folder}: not a run folder with a checkpoint")
     content = content_of(folder)
     table = weights_in(content, "ema", folder).get("pos_embed")
     if table is None:

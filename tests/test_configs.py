@@ -32,14 +32,14 @@ from mae import MaskedAutoencoder
 from mae.cost import forward_flops as masked_forward_flops
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {f"{study}/{path.stem}": path for study in ("supervised", "mae", "diffusion")
+CONFIGS = {f"{study}/{path.stem}": path for study in ("supervised", "mae", "diffusion", "locality_ablation")
            for path in sorted((ROOT / study / "configs").glob("*.yaml"))
            if not path.stem.startswith("autoencoder_")}  # fmt: skip
 DOWNSTREAM = re.compile("_(finetune|probe)$")  # the ends of the names of those that start from a pre-training
 STARTED = (*filter(DOWNSTREAM.search, CONFIGS), "diffusion/imagenet256_recovery")  # from trained weights
 PAPER = ("supervised/cifar100", "supervised/imagenet28", "supervised/imagenet64", "supervised/imagenet224",
          "supervised/flowers102", "supervised/nyu_depth", "mae/cifar100", "mae/cifar100_finetune",
-         "diffusion/imagenet256")  # fmt: skip
+         "diffusion/imagenet256", "locality_ablation/imagenet28", "locality_ablation/imagenet224")  # fmt: skip
 
 
 def study_of(name: str) -> str:
@@ -163,6 +163,8 @@ DIT = {
     "data.eval_interpolation": "adm", "data.augment.flip": 0.5, "data.augment.crop_scale": None,
     "trainer.max_epochs": 400, "trainer.precision": "bf16-mixed", "trainer.gradient_clip_val": None,
 }  # fmt: skip
+UNPERMUTED = {"model.class_path": "locality_ablation.PermutedClassification", "model.permutation.swaps": 0,
+              "model.permutation.share": None, "model.permutation.seed": None}  # fmt: skip
 RECIPES = {
     "diffusion/imagenet256": DIT,
     "diffusion/imagenet256_recovery": DIT | {"model.optim.warmup_epochs": 2, "trainer.gradient_clip_val": 1.0},
@@ -175,6 +177,12 @@ RECIPES = {
     "supervised/imagenet64": IMAGENET | {"model.size": "small", "model.patch_size": 1, "data.image_size": 64},
     "supervised/imagenet224": IMAGENET | {"model.size": "base", "model.patch_size": 16, "data.image_size": 224},
     "supervised/nyu_depth": NYU,
+    "locality_ablation/cifar10": CIFAR | UNPERMUTED | {"data.source.class_path": "common.data.Cifar10",
+                                                       "trainer.max_epochs": 200},
+    "locality_ablation/imagenet28": IMAGENET | UNPERMUTED | {"model.size": "base", "model.patch_size": 1,
+                                                             "data.image_size": 28},
+    "locality_ablation/imagenet224": IMAGENET | UNPERMUTED | {"model.size": "base", "model.patch_size": 16,
+                                                              "data.image_size": 224},
     "mae/cifar100": MASKED_CIFAR | {"data.source.class_path": "common.data.Cifar100"},
     "mae/cifar10": MASKED_CIFAR | {"data.source.class_path": "common.data.Cifar10", "data.batch_size": 1024,
                                    "model.optim.warmup_epochs": 10, "trainer.max_epochs": 200},
@@ -278,6 +286,9 @@ def training_flops(config: dict[str, Any]) -> int:
     ("supervised/imagenet64", "small", 2, 1_281_167, "/2 25 h"),
     ("supervised/imagenet224", "base", 16, 1_281_167, "14 h"),
     ("supervised/nyu_depth", "small", 1, 795, "S/1 0.2 h"),
+    ("locality_ablation/cifar10", "tiny", 1, 50_000, "0.2 h"),
+    ("locality_ablation/imagenet28", "base", 1, 1_281_167, "B/1 63 h"),
+    ("locality_ablation/imagenet224", "base", 16, 1_281_167, "14 h"),
     ("mae/cifar100", "tiny", 1, 50_000, "T/1 2.1 h"), ("mae/cifar100", "tiny", 2, 50_000, "T/2 0.4 h"),
     ("mae/cifar100", "small", 1, 50_000, "S/1 2.8 h"), ("mae/cifar100", "small", 2, 50_000, "S/2 0.5 h"),
     ("mae/cifar100_finetune", "tiny", 1, 50_000, "T/1 0.9 h"),
@@ -379,6 +390,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     arm("diffusion/digits", 64, "--data.autoencoder", "null", "--data.image_size", "8"),
     arm("diffusion/shapes", 64, "--data.autoencoder", "null", "--data.image_size", "8", "--data.source.train", "8"),
     arm("diffusion/cifar10", 1024),
+    arm("locality_ablation/digits", 64, "--model.permutation.share", "1"),
+    arm("locality_ablation/shapes", 16, "--data.source.train", "8", "--model.permutation.delta", "2",
+        "--model.permutation.swaps", "100"),
+    arm("locality_ablation/shapes", 16, "--data.source.train", "8", "--model.position", "none"),
+    arm("locality_ablation/cifar10", 1024, "--model", "locality_ablation.DictionaryClassification"),
+    arm("locality_ablation/imagenet28", 784, "--model", "locality_ablation.DictionaryClassification",
+        "--model.size", "tiny"),
 ])  # fmt: skip
 def test_it_trains_two_steps(name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path,
                              command: Callable) -> None:  # fmt: skip
@@ -428,6 +446,13 @@ def test_fine_tuning_and_probing_go_on_from_its_two_steps(
     arm("supervised/imagenet64", 4096, soak=True),
     arm("supervised/imagenet224", 196),
     arm("supervised/imagenet224", 196, "--data.image_size", "14", "--model.patch_size", "1"),
+    arm("locality_ablation/imagenet28", 196, "--model.patch_size", "2", "--data.augment.interpolation", "nearest",
+        "--data.eval_interpolation", "nearest"),
+    arm("locality_ablation/imagenet28", 784, "--model", "locality_ablation.DictionaryClassification", soak=True),
+    arm("locality_ablation/imagenet224", 196, "--model.permutation.swaps", "25000"),
+    *(arm("locality_ablation/imagenet224", 225, "--model", "locality_ablation.SegmentClassification",
+          "--data", "locality_ablation.SegmentedImages", "--data.segmentation", f"locality_ablation.{cut}")
+      for cut in ("Slic", "Felzenszwalb")),
     arm("supervised/nyu_depth", 768, "--model.patch_size", "2"),
     arm("supervised/nyu_depth", 3072, soak=True),
     arm("diffusion/imagenet256", 256, "--model.patch_size", "2", "--data.autoencoder", "AUTOENCODER", soak=True),
