@@ -20,7 +20,7 @@ from rich.text import Text
 
 from common.command import run_command
 from common.comparison import Comparison
-from common.errors import InputError
+from common.figure import check_file, draw
 from common.runs import find_runs
 
 
@@ -78,8 +78,6 @@ def draw_figure(comparison: Comparison, path: Path, title: str, metric: str | No
     if not comparison.groups:
         print("no figure: there is no finished run")
         return
-    from common.figure import draw  # imports matplotlib and TensorBoard, which cost a second
-
     without = draw(comparison.groups, path, title, metric)
     print(f"written: {path}" + (f" (no curve of {', '.join(without)})" if without else ""))
 
@@ -103,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    if options.figure and options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--figure {options.figure}: name a file that ends in .png, .pdf or .svg")
+    if options.figure:
+        check_file(options.figure)
     runs = find_runs(options.folders)
     comparison = Comparison(runs, options.metric, options.baseline)
     print_table(comparison)

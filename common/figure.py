@@ -1,4 +1,4 @@
-"""Training curves from TensorBoard's event files, and the figure that compares arms."""
+"""Training curves from TensorBoard's event files, the figure that compares arms, and where figures are written."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common.errors import InputError
 from common.runs import Group, digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette without black and yellow: told apart by colour-blind readers, and dark enough on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -17,6 +22,18 @@ _DASHES = {1: "-", 2: (0, (5, 2)), 4: (0, (1, 1.2)), 8: (0, (5, 1.5, 1, 1.5)), 1
 _MARKERS = {1: "o", 2: "s", 4: "^", 8: "D", 16: "v"}
 
 Curve = dict[float, float]
+
+
+def check_file(path: Path) -> None:
+    """Refuses a figure's file before anything is computed for it."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--figure {path}: name a file that ends in .png, .pdf or .svg")
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f"written: {path}")
 
 
 def read_curves(folder: Path, tags: Sequence[str], images_per_step: int = 1) -> dict[str, Curve]:

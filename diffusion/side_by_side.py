@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.command import run_command
 from common.errors import InputError
+from common.figure import check_file, save
 from common.runs import read_run
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="of each model; default: 8")
     options, overrides = parser.parse_known_args(arguments)
-    if options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--figure {options.figure}: name a file that ends in .png, .pdf or .svg")
+    check_file(options.figure)
     import torch
 
     from diffusion.pictures import grid
@@ -69,9 +69,7 @@ def main(arguments: list[str]) -> int:
     rows = [model.folder.read(0, options.samples, model.trainer.datamodule.channels) for model in models.values()]
     names = first.names_of(first.labels)
     title = f"guidance {first.sampler.guidance:g}, {first.sampler.solver} in {first.sampler.steps} steps"
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    grid(torch.cat(rows), names, title, options.samples, [folder.name for folder in models]).savefig(options.figure)
-    print(f"written: {options.figure}")
+    save(grid(torch.cat(rows), names, title, options.samples, [folder.name for folder in models]), options.figure)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from common.command import run_command
 from common.errors import InputError
+from common.figure import check_file, save
 from common.runs import Group, Statistic, find_runs, group_runs
 
 UNLIMITED = "inf"
@@ -48,24 +49,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--against", choices=["swaps", "delta"], default="swaps")
     options = parser.parse_args(arguments)
-    if options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--figure {options.figure}: name a file that ends in .png, .pdf or .svg")
+    check_file(options.figure)
     groups, left_out = group_runs(find_runs(options.folders))
     for run in left_out:
         print(f"not drawn: {run.folder}, {run.status} {run.problem}")
     if not groups:
         raise InputError("no figure: there is no finished run")
     draw([point(group) for group in groups], options.against, options.figure)
-    print(f"written: {options.figure}")
     return 0
 
 
 def draw(points: list[Point], against: str, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     if against == "swaps":
         lines = {delta: [p for p in points if p.delta == delta or not p.swaps] for delta in _deltas(points)}
@@ -89,8 +86,7 @@ def draw(points: list[Point], against: str, path: Path) -> None:
     axes.set_ylabel("validation Acc@1 (%)")
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _deltas(points: list[Point]) -> list[int | str]:

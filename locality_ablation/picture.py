@@ -15,6 +15,7 @@ import torch
 
 from common.command import run_command
 from common.errors import InputError
+from common.figure import check_file, save
 from locality_ablation.permutation import Delta, Permutation, PixelPermutation
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pairs", choices=["anywhere", "within", "across", "shared"], default="anywhere")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--figure {options.figure}: name a file that ends in .png, .pdf or .svg")
+    check_file(options.figure)
     usual = (224, 16, 10_000) if options.image else (8, 2, 4)
     side, patch_size, swaps = (usual_ if given is None else given for usual_, given in zip(
         usual, (options.size, options.patch_size, options.swaps), strict=True))
@@ -78,11 +78,9 @@ def main(arguments: list[str]) -> int:
     orders = {delta: Permutation(swaps, None, delta, options.distance, options.pairs).order(
         (side, side), patch_size, options.seed) for delta in options.delta}
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.3 * (len(orders) + 1), 2.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(f"{swaps:,} of {side * side // 2:,} pairs of pixels swapped", fontsize=10)
     axes = figure.subplots(1, len(orders) + 1)
     show(axes[0], image, patch_size, "intact")
@@ -93,9 +91,7 @@ def main(arguments: list[str]) -> int:
             for pixel in (order > torch.arange(len(order))).nonzero()[:, 0].tolist():
                 (y, x), (v, u) = divmod(pixel, side), divmod(int(order[pixel]), side)
                 axis.plot([x, u], [y, v], color="black", marker="o", markersize=3, linewidth=1.2)
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure)
-    print(f"written: {options.figure}")
+    save(figure, options.figure)
     return 0
 
 

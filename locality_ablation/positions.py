@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.command import run_command
 from common.errors import InputError
+from common.figure import check_file, save
 from common.training.checkpoints import newest_readable
 from common.training.initialisation import content_of, weights_in
 
@@ -81,15 +82,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="of a Vision Transformer with positions")
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     options = parser.parse_args(arguments)
-    if options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--figure {options.figure}: name a file that ends in .png, .pdf or .svg")
+    check_file(options.figure)
     found = {folder: similarity(folder) for folder in options.folders}
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(found), 4.9), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, (folder, similar) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         share, chance = similar.neighbours_found()
         told = f"most similar position is a neighbour: {share:.0%} (chance {chance:.0%})"
@@ -99,9 +97,7 @@ def main(arguments: list[str]) -> int:
         axis.set_title(f"{Path(folder).name}\n{told}", fontsize=8)
         axis.set_axis_off()
         figure.colorbar(shown, ax=axis, shrink=0.75, label="cosine similarity")
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure)
-    print(f"written: {options.figure}")
+    save(figure, options.figure)
     return 0
 
 

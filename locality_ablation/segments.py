@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.command import run_command
 from common.errors import InputError
+from common.figure import check_file, save
 from common.model.vit import patch_grid
 from locality_ablation.picture import image_of
 from locality_ablation.segmentation import Felzenszwalb, Segments, Slic
@@ -44,8 +45,7 @@ def main(arguments: list[str]) -> int:
                                                                                       "default: 1 2 10")
     parser.add_argument("--scale", type=float, default=30.0, help="of Felzenszwalb and Huttenlocher; default: 30")
     options = parser.parse_args(arguments)
-    if options.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--figure {options.figure}: name a file that ends in .png, .pdf or .svg")
+    check_file(options.figure)
     if options.size < 1:
         raise InputError(f"--size {options.size}: give a number of pixels, 1 or more")
     h, w = patch_grid((options.size, options.size), options.patch_size)
@@ -53,13 +53,11 @@ def main(arguments: list[str]) -> int:
     cuts |= {f"SLIC, {n} iteration{'s' * (n > 1)}": Slic(n, h * w) for n in options.iterations}
     cuts[f"FH, scale {options.scale:g}"] = Felzenszwalb(options.scale)
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from skimage.segmentation import mark_boundaries
 
     rows = 2 * len(options.images)
     figure = Figure(figsize=(2.5 * len(cuts), 2.75 * rows), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(cuts), squeeze=False)
     for number, file in enumerate(options.images):
         image = image_of(file, options.size)
@@ -71,9 +69,7 @@ def main(arguments: list[str]) -> int:
             below.imshow(mean_colours(image, labels))
             for axis in (over, below):
                 axis.set_axis_off()
-    options.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.figure)
-    print(f"written: {options.figure}")
+    save(figure, options.figure)
     return 0
 
 
