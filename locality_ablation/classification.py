@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.model import VisionTransformer
 from common.training.initialisation import content_of
 from locality_ablation.permutation import INTACT, Permutation, PixelPermutation
 from supervised import Classification
@@ -31,10 +32,13 @@ class PermutedClassification(Classification):
     def configure_model(self) -> None:
         super().configure_model()
         if self.permuted is None:
-            size = self.net.image_size
-            self.permuted = PixelPermutation(self.permutation.order(size, self.net.patch_size, self.trainer.seed), size)
+            self.permuted = self._permutation_of(self.net)
             if self.init_from:
                 self._compare(content_of(self.init_from).get("state_dict", {}).get("permuted.order"))
+
+    def _permutation_of(self, net: VisionTransformer) -> PixelPermutation:
+        order = self.permutation.order(net.image_size, net.patch_size, self.trainer.seed)
+        return PixelPermutation(order, net.image_size)
 
     def _compare(self, order: Tensor | None) -> None:
         if order is not None and not torch.equal(order, self.permuted.order):
@@ -44,6 +48,7 @@ class PermutedClassification(Classification):
     def transform(self, images: Tensor) -> Tensor:
         return self.permuted(images)
 
-    def notes(self, net: nn.Module) -> dict[str, Any]:
-        pixels, moved = len(self.permuted.order), self.permuted.moved
+    def notes(self, net: VisionTransformer) -> dict[str, Any]:
+        permuted = self.permuted or self._permutation_of(net)  # a check builds the net alone
+        pixels, moved = len(permuted.order), permuted.moved
         return {"swapped pairs": f"{moved // 2} of {pixels // 2} ({moved / pixels:.1%})"}

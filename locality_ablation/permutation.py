@@ -25,7 +25,7 @@ class Permutation:
 
     Args:
         swaps: T, the number of pairs.
-        share: T as a share of all pairs instead, from 0 to 1.
+        share: T as a share of all pairs instead, from 0 to 1; rounded.
         delta: how far the two pixels of a pair may be apart: in the window form both offsets are below it, in the
             manhattan form their sum is at most it; inf is any distance. Smaller deltas than 2 allow no pair.
         distance: the form; the paper's words fit both (RECIPES 5).
@@ -63,32 +63,36 @@ class Permutation:
         Raises:
             InputError: more swaps than there are pairs, or than this seed reaches under delta.
         """
+        with torch.device("cpu"):  # Lightning builds modules under the GPU's
+            return self._order(size, self.patch_size or patch_size, seed if self.seed is None else self.seed)
+
+    def _order(self, size: tuple[int, int], patch_size: int, seed: int) -> Tensor:
         height, width = size
-        patch_size = self.patch_size or patch_size
         pairs = height * width // 2
-        swaps = self.swaps if self.share is None else int(self.share * pairs)
+        swaps = self.swaps if self.share is None else round(self.share * pairs)
         given = f"model.permutation.swaps: {swaps}"
         if swaps > pairs:
             raise InputError(f"{given} are more than the {pairs} pairs of {height}x{width} pixels")
-        seed = seed if self.seed is None else self.seed
-        if self.pairs != "anywhere":
-            h, w = patch_grid(size, patch_size)
-        if self.pairs == "shared":
-            if swaps % (h * w):
-                near = swaps // (h * w) * h * w
-                raise InputError(f"{given} do not divide over {h * w} patches of {patch_size}x{patch_size} pixels, "
-                                 f"which share their swaps; {near} or {near + h * w} would")
-            one = self._paired((patch_size, patch_size), swaps // (h * w), None, seed, given)
-            return _tiled(_swapped(one, patch_size**2), (h, w), patch_size)
+        h, w = (1, 1) if self.pairs == "anywhere" else patch_grid(size, patch_size)
+        copies = h * w if self.pairs == "shared" else 1
+        if swaps % copies:
+            below = swaps // copies * copies
+            near = [n for n in (below, below + copies) if n <= copies * (patch_size**2 // 2)]
+            raise InputError(f"{given} do not divide over {copies} patches of {patch_size}x{patch_size} pixels, which "
+                             f"share their swaps; {' or '.join(map(str, near or [0]))} would")
+        place = (patch_size, patch_size) if self.pairs == "shared" else size
         patch = None
         if self.pairs in ("within", "across"):
             patch = np.arange(h * w).reshape(h, w).repeat(patch_size, 0).repeat(patch_size, 1)
-        return _swapped(self._paired(size, swaps, patch, seed, given), height * width)
+        found = self._paired(place, swaps // copies, patch, seed)
+        if len(found) < swaps // copies:
+            raise InputError(f"{given} do not fit into {height}x{width} pixels with delta={self.delta}, "
+                             f"distance={self.distance}, pairs={self.pairs}; this seed reaches {copies * len(found)}")
+        order = _swapped(found, place[0] * place[1])
+        return _tiled(order, (h, w), patch_size) if self.pairs == "shared" else order
 
-    def _paired(
-        self, size: tuple[int, int], swaps: int, patch: np.ndarray | None, seed: int, given: str
-    ) -> np.ndarray:
-        """The pairs, (T, 2) pixel numbers. `patch` (H, W) numbers the patches where the pairs are bound to them."""
+    def _paired(self, size: tuple[int, int], swaps: int, patch: np.ndarray | None, seed: int) -> np.ndarray:
+        """At most so many pairs, (T, 2) pixel numbers. `patch` (H, W) numbers the patches where they bind the pairs."""
         height, width = size
         visited = permutation("swapped pixels", seed, n=height * width)
         if self.delta == "inf" and patch is None:
@@ -118,9 +122,6 @@ class Permutation:
                 found.append((number, (top + row) * width + left + column))
                 if len(found) == swaps:
                     break
-        if len(found) < swaps:
-            raise InputError(f"{given} do not fit into {height}x{width} pixels with delta={self.delta}, "
-                             f"distance={self.distance}, pairs={self.pairs}; this seed reaches {len(found)}")
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
     def _reach(self, size: tuple[int, int]) -> np.ndarray:

@@ -34,15 +34,16 @@ def test_the_example_of_an_ablation_runs(tmp_path: Path) -> None:
 
 def test_the_configs_it_names_exist() -> None:
     named = set(re.findall(r"\w+/configs/\w+\.yaml", (ROOT / "README.md").read_text()))
-    assert {name.partition("/")[0] for name in named} == {"supervised", "mae", "diffusion"}
+    assert {name.partition("/")[0] for name in named} == {"supervised", "mae", "diffusion", "locality_ablation"}
     assert all((ROOT / name).is_file() for name in named)
 
 
 def test_its_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"python -m (supervised|mae|diffusion) +(\w+ +--config \w+/configs/[^`#\n]+)", text)
-    assert {study for study, _ in commands} == {"supervised", "mae", "diffusion"}
+    studies = ("supervised", "mae", "diffusion", "locality_ablation")
+    commands = re.findall(rf"python -m ({'|'.join(studies)}) +(\w+ +--config \w+/configs/[^`#\n]+)", text)
+    assert {study for study, _ in commands} == set(studies)
     for study, command in commands:
         if "--help" not in command:
             StudyCLI(study, shlex.split(command), run=False)

@@ -9,7 +9,7 @@ widens with the scale where a box shrinks. `nearest` copies single pixels instea
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,15 +70,26 @@ def weights(
     place = torch.arange(size, device=start.device).expand(len(start), size)
     if flip is not None:
         place = torch.where(flip[:, None], size - 1 - place, place)
+    if interpolation == "nearest":
+        copied = start[:, None] + nearest(length, size).gather(1, place)
+        return (copied[:, :, None] == torch.arange(source, device=start.device)).float()
     scale = (length / size)[:, None]
     centre = (start[:, None] + (place + 0.5) * scale)[:, :, None]
-    if interpolation == "nearest":  # the pixel that the resized one's centre lies in, as PIL
-        return (centre.floor() == torch.arange(source, device=start.device)).float()
     pixel = torch.arange(source, device=start.device) + 0.5
     x = _filter((pixel - centre) / scale.clamp(min=1)[:, :, None], interpolation)
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
     x = x * inside[:, None]
     return x / x.sum(-1, keepdim=True)
+
+
+def nearest(length: Tensor, size: int) -> Tensor:
+    """Which of `length` pixels (B,) each of `size` resized ones copies, int64 (B, size): the one that its centre is in.
+
+    Where that lies between two, PIL takes either by the rounding of its sums in float64, which are these.
+    """
+    steps = (length.double() / size)[:, None].repeat(1, size)
+    steps[:, 0] /= 2
+    return steps.cumsum(1).long()
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -141,26 +152,32 @@ def _margins(resized: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
 
 def crop_one(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int], how: Filter) -> Tensor:
     """The same crop of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resized_crop
 
-    return resized_crop(image, *box, list(size), _mode(how), antialias=True)
+    if how == "nearest":
+        top, left, height, width = box
+        return _copied(image[:, top : top + height, left : left + width], size)
+    return resized_crop(image, *box, list(size), InterpolationMode(how), antialias=True)
 
 
 def fit_one(image: Tensor, size: tuple[int, int], share: float, how: Interpolation) -> Tensor:
     """The same fit of one uint8 image (C, h, w) of any size, rounded to uint8 as PIL does."""
     if how == "adm":
         return adm_crop(image, size[0])
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 
     resized = fitted(*image.shape[-2:], size, share)
-    return center_crop(resize(image, list(resized), _mode(how), antialias=True), list(size))
+    if how == "nearest":
+        return center_crop(_copied(image, resized), list(size))
+    return center_crop(resize(image, list(resized), InterpolationMode(how), antialias=True), list(size))
 
 
-def _mode(how: Filter) -> Any:
-    """torchvision's name. Its own nearest is another: half a pixel up and left of where PIL copies from."""
-    from torchvision.transforms import InterpolationMode
-
-    return InterpolationMode.NEAREST_EXACT if how == "nearest" else InterpolationMode(how)
+def _copied(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (C, h, w) resized by copies of single pixels. torchvision's two ways of it fall otherwise than PIL's."""
+    rows, columns = (nearest(torch.tensor([old]), new)[0] for old, new in zip(image.shape[1:], size, strict=True))
+    return image[:, rows[:, None], columns]
 
 
 def adm_crop(image: Tensor, size: int) -> Tensor:

@@ -105,7 +105,8 @@ def test_waiting_for_data_is_measured_and_said_once(train: Callable, scalars: Ca
     shares = scalars(trainer.logger.log_dir)["train/data_wait"]
     assert shares == [(step, pytest.approx(seconds / (seconds + 0.5))) for step in range(1, 11)]
     said = [str(warning.message) for warning in caught if "training waits for its data" in str(warning.message)]
-    assert len(said) == warned and all("for 50% of the time (train/data_wait); data.workers: 0" in line for line in said)
+    assert len(said) == warned
+    assert all("for 50% of the time (train/data_wait); data.workers: 0" in line for line in said)
 
 
 class Poison(L.Callback):
