@@ -5,15 +5,19 @@ how far they reach (the paper's figure 5). Runs that differ in seed alone are on
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from common.command import run_command
 from common.errors import InputError
 from common.figure import check_file, save
+from common.identity import differing
 from common.runs import Group, Statistic, find_runs, group_runs
+from locality_ablation.permutation import Permutation
 
 UNLIMITED = "inf"
+VARIED = {"model.permutation.swaps", "model.permutation.share", "model.permutation.delta", "seed_everything"}
 
 
 class Point(NamedTuple):
@@ -37,9 +41,17 @@ def point(group: Group) -> Point:
     side = config["data.image_size"]
     height, width = (side, side) if isinstance(side, int) else side
     pairs = height * width // 2
-    share = config.get("model.permutation.share")
-    swaps = config["model.permutation.swaps"] if share is None else int(share * pairs)
-    return Point(swaps, config["model.permutation.delta"], pairs, group.statistic(group["headline"]))
+    permutation = Permutation(config["model.permutation.swaps"], config.get("model.permutation.share"))
+    return Point(permutation.count(pairs), config["model.permutation.delta"], pairs, group.statistic("val/acc1"))
+
+
+def check_alike(groups: Sequence[Group]) -> None:
+    """Refuses arms that differ in more than how many pixels they swap and how far: one line would hide it."""
+    for group in groups[1:]:
+        found = differing(group.runs[0].config, groups[0].runs[0].config).keys() - VARIED
+        if found:
+            raise InputError(f"{group.runs[0].folder}: differs from {groups[0].runs[0].folder} in "
+                             f"{', '.join(sorted(found))}, which the figure does not show; draw them apart")
 
 
 def main(arguments: list[str]) -> int:
@@ -55,7 +67,11 @@ def main(arguments: list[str]) -> int:
         print(f"not drawn: {run.folder}, {run.status} {run.problem}")
     if not groups:
         raise InputError("no figure: there is no finished run")
-    draw([point(group) for group in groups], options.against, options.figure)
+    points = [point(group) for group in groups]
+    check_alike(groups)
+    if not any(p.swaps for p in points):
+        raise InputError("no figure: none of the runs swaps any pixels")
+    draw(points, options.against, options.figure)
     return 0
 
 

@@ -41,7 +41,9 @@ class PermutedClassification(Classification):
         return PixelPermutation(order, net.image_size)
 
     def _compare(self, order: Tensor | None) -> None:
-        if order is not None and not torch.equal(order, self.permuted.order):
+        """With the order of the pixels that the source was trained on; one that keeps none saw images intact."""
+        own = self.permuted.order
+        if not torch.equal(own, torch.arange(len(own)) if order is None else order):
             rank_zero_warn(f"--init_from: {self.init_from} was trained under another permutation; model.permutation's "
                            "is used")
 

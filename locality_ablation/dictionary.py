@@ -22,7 +22,7 @@ class DictionaryTokens(nn.Module):
     The channels' entries are concatenated, and projected where they are not as wide as the model.
 
     Args:
-        trainable: whether the entries are learned; the paper does not say (RECIPES 2.2).
+        trainable: whether the entries are learned; the paper does not say.
     """
 
     def __init__(self, channels: int, width: int, trainable: bool = True) -> None:
@@ -64,7 +64,7 @@ class DictionaryClassification(Classification):
 
     Args:
         trainable: whether the entries are learned.
-        **kwargs: see `supervised.Classification`; `patch_size` is 1.
+        **kwargs: see `supervised.Classification`; `patch_size` is 1, and pixels stay where they are.
     """
 
     data_class = ImageData
@@ -82,8 +82,8 @@ class DictionaryClassification(Classification):
     def transform(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) -> their intensities, uint8."""
         data = self.trainer.datamodule
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (data.mean, data.std))
+        return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
 
     def mixed(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes tokens on their grid, in place; the class token is the same in all images."""

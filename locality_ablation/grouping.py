@@ -1,4 +1,4 @@
-"""Tokens of irregular segments (paper, appendix H). Exploratory: how a segment becomes a token is ours (RECIPES 2.2).
+"""Tokens of irregular segments (paper, appendix H). Exploratory: how a segment becomes a token is ours.
 
 Shapes: B batch, C channels, H x W pixels, S segments (the limit, padded), D width.
 """
@@ -108,7 +108,8 @@ class SegmentClassification(Classification):
                                   classes=len(data.class_names), **self.vit)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        return {"loss": super().training_step(batch, index), "merged": 100 * batch["merged"].mean()}
+        found = {name: values.float().mean() for name, values in _told(batch).items()}
+        return {"loss": super().training_step(batch, index), **found}
 
     def logits(self, batch: dict[str, Tensor], drops: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens, pixels = self.net.embed(self.transform(batch["image"]), batch["segments"])
@@ -145,11 +146,17 @@ class SegmentClassification(Classification):
         return net(self.transform(batch["image"]), batch["segments"])
 
     def metrics(self, data: SegmentedImages) -> MetricCollection:
-        """With the share of pixels whose segments were merged to keep the limit: a percentage."""
+        """With the mean number of `tokens` of an image, and the percentage of pixels in `merged` segments."""
         scores = super().metrics(data)
-        scores.add_metrics({"merged": MeanMetric()})
+        scores.add_metrics({"tokens": MeanMetric(), "merged": MeanMetric()})
         return scores
 
     def evaluate(self, net: nn.Module, batch: dict[str, Tensor], scores: MetricCollection) -> None:
         super().evaluate(net, batch, scores)
-        scores["merged"].update(100 * batch["merged"])
+        for name, values in _told(batch).items():
+            scores[name].update(values)
+
+
+def _told(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged of segments, (B,) each; they are numbered without a gap."""
+    return {"tokens": batch["segments"].flatten(1).amax(1) + 1, "merged": 100 * batch["merged"]}

@@ -28,7 +28,7 @@ class Permutation:
         share: T as a share of all pairs instead, from 0 to 1; rounded.
         delta: how far the two pixels of a pair may be apart: in the window form both offsets are below it, in the
             manhattan form their sum is at most it; inf is any distance. Smaller deltas than 2 allow no pair.
-        distance: the form; the paper's words fit both (RECIPES 5).
+        distance: the form; the paper's words fit both.
         pairs: where a pair may lie: anywhere, within one patch, across two patches; or shared: the same swaps within
             every patch, which only reorders the inputs of the token projection.
         patch_size: of within, across and shared; the model's own where left out.
@@ -51,8 +51,16 @@ class Permutation:
                              "same thing twice; give one")
         if self.share is not None and not 0 <= self.share <= 1:
             raise InputError(f"model.permutation.share: {self.share} is not a share of all pairs, from 0 to 1")
+        if self.patch_size is not None and self.patch_size < 1:
+            raise InputError(f"model.permutation.patch_size: {self.patch_size} is not a positive number of pixels")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"model.permutation.seed: {self.seed} is negative; leave it out for the run's own")
         if self.delta != "inf" and self.delta < 2:
             raise InputError(f"model.permutation.delta: {self.delta} allows no swap; 2 is the least, inf any distance")
+
+    def count(self, pairs: int) -> int:
+        """T, of so many pairs in all."""
+        return self.swaps if self.share is None else round(self.share * pairs)
 
     def order(self, size: tuple[int, int], patch_size: int, seed: int) -> Tensor:
         """The source of each pixel, int64 (H * W,), of an image of `size` = (H, W): its own inverse.
@@ -69,15 +77,15 @@ class Permutation:
     def _order(self, size: tuple[int, int], patch_size: int, seed: int) -> Tensor:
         height, width = size
         pairs = height * width // 2
-        swaps = self.swaps if self.share is None else round(self.share * pairs)
+        swaps = self.count(pairs)
         given = f"model.permutation.swaps: {swaps}"
         if swaps > pairs:
             raise InputError(f"{given} are more than the {pairs} pairs of {height}x{width} pixels")
-        h, w = (1, 1) if self.pairs == "anywhere" else patch_grid(size, patch_size)
+        h, w = (1, 1) if self.pairs == "anywhere" else patch_grid(size, patch_size, self._patch_option)
         copies = h * w if self.pairs == "shared" else 1
         if swaps % copies:
             below = swaps // copies * copies
-            near = [n for n in (below, below + copies) if n <= copies * (patch_size**2 // 2)]
+            near = [n for n in (below, below + copies) if 0 < n <= copies * (patch_size**2 // 2)]
             raise InputError(f"{given} do not divide over {copies} patches of {patch_size}x{patch_size} pixels, which "
                              f"share their swaps; {' or '.join(map(str, near or [0]))} would")
         place = (patch_size, patch_size) if self.pairs == "shared" else size
@@ -91,13 +99,17 @@ class Permutation:
         order = _swapped(found, place[0] * place[1])
         return _tiled(order, (h, w), patch_size) if self.pairs == "shared" else order
 
+    @property
+    def _patch_option(self) -> str:
+        return "model.patch_size" if self.patch_size is None else "model.permutation.patch_size"
+
     def _paired(self, size: tuple[int, int], swaps: int, patch: np.ndarray | None, seed: int) -> np.ndarray:
         """At most so many pairs, (T, 2) pixel numbers. `patch` (H, W) numbers the patches where they bind the pairs."""
         height, width = size
         visited = permutation("swapped pixels", seed, n=height * width)
         if self.delta == "inf" and patch is None:
             return visited[: 2 * swaps].view(-1, 2).numpy()  # consecutive ones of a shuffle
-        # Greedy: each pixel in a random order takes a random free one within reach (RECIPES 5).
+        # Greedy: each pixel in a random order takes a random free one within reach.
         draws = uniform("partners", seed, torch.arange(height * width), n=1)[:, 0].tolist()
         reach = self._reach(size)
         high, wide = reach.shape[0] // 2, reach.shape[1] // 2

@@ -16,6 +16,7 @@ import torch
 from common.command import run_command
 from common.errors import InputError
 from common.figure import check_file, save
+from common.model.vit import patch_grid
 from locality_ablation.permutation import Delta, Permutation, PixelPermutation
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ def toy(side: int) -> torch.Tensor:
 
 
 def image_of(file: Path, side: int) -> torch.Tensor:
-    """The central square of a picture, uint8 (3, side, side)."""
+    """The central square of a picture, uint8 (3, side, side).
+
+    Raises:
+        InputError: no picture.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: there is no such picture")
     from common.data.crop import fit_one
     from common.data.folders import decode
 
@@ -50,7 +57,9 @@ def show(axis: Axes, image: torch.Tensor, patch_size: int, title: str) -> None:
     axis.tick_params(which="minor", length=0)
 
 
-def parse_delta(text: str) -> Delta:
+def delta(text: str) -> Delta:
+    if text != "inf" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number, 2 or more, nor inf")
     return "inf" if text == "inf" else int(text)
 
 
@@ -62,7 +71,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=int, metavar="N", help="its side in pixels; default: 224, 8 of the toy image")
     parser.add_argument("--patch_size", type=int, metavar="P", help="default: 16, 2 of the toy image")
     parser.add_argument("--swaps", type=int, metavar="T", help="default: 10000, 4 of the toy image")
-    parser.add_argument("--delta", type=parse_delta, nargs="+", default=[2, 4, 8, "inf"], metavar="D",
+    parser.add_argument("--delta", type=delta, nargs="+", default=[2, 4, 8, "inf"], metavar="D",
                         help="a panel each; default: 2 4 8 inf")
     parser.add_argument("--distance", choices=["window", "manhattan"], default="window")
     parser.add_argument("--pairs", choices=["anywhere", "within", "across", "shared"], default="anywhere")
@@ -74,19 +83,20 @@ def main(arguments: list[str]) -> int:
         usual, (options.size, options.patch_size, options.swaps), strict=True))
     if side < 1:
         raise InputError(f"--size {side}: give a number of pixels, 1 or more")
+    patch_grid((side, side), patch_size, "--patch_size")
     image = image_of(options.image, side) if options.image else toy(side)
-    orders = {delta: Permutation(swaps, None, delta, options.distance, options.pairs).order(
-        (side, side), patch_size, options.seed) for delta in options.delta}
+    orders = {reach: Permutation(swaps, None, reach, options.distance, options.pairs).order(
+        (side, side), patch_size, options.seed) for reach in options.delta}
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.3 * (len(orders) + 1), 2.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.3 * (len(orders) + 1), 2.75), dpi=150, layout="constrained")
     figure.suptitle(f"{swaps:,} of {side * side // 2:,} pairs of pixels swapped", fontsize=10)
     axes = figure.subplots(1, len(orders) + 1)
     show(axes[0], image, patch_size, "intact")
-    for axis, (delta, order) in zip(axes[1:], orders.items(), strict=True):
+    for axis, (reach, order) in zip(axes[1:], orders.items(), strict=True):
         permuted = PixelPermutation(order, (side, side))(image[None])[0]
-        show(axis, permuted, patch_size, f"δ = {'∞' if delta == 'inf' else delta}")
+        show(axis, permuted, patch_size, f"δ = {'∞' if reach == 'inf' else reach}")
         if swaps <= LINES:
             for pixel in (order > torch.arange(len(order))).nonzero()[:, 0].tolist():
                 (y, x), (v, u) = divmod(pixel, side), divmod(int(order[pixel]), side)

@@ -87,14 +87,14 @@ def main(arguments: list[str]) -> int:
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(found), 4.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6 * len(found), 6.2), dpi=150, layout="constrained")
     for axis, (folder, similar) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         share, chance = similar.neighbours_found()
         told = f"most similar position is a neighbour: {share:.0%} (chance {chance:.0%})"
         print(f"{folder}: {told}")
         others = similar.cosines[~torch.eye(len(similar.cosines), dtype=bool)]
         shown = axis.imshow(tiles(similar), vmin=others.min().item(), vmax=others.max().item(), cmap="viridis")
-        axis.set_title(f"{Path(folder).name}\n{told}", fontsize=8)
+        axis.set_title(f"{Path(folder).name}\n{told}", fontsize=10)
         axis.set_axis_off()
         figure.colorbar(shown, ax=axis, shrink=0.75, label="cosine similarity")
     save(figure, options.figure)

@@ -89,6 +89,9 @@ class Felzenszwalb(Segmentation):
 
     def __init__(self, scale: float = 30.0, sigma: float = 0.8, min_size: int = 20, limit: int = LIMIT) -> None:
         super().__init__(limit)
+        for name, value, least in [("scale", scale, 0), ("sigma", sigma, 0), ("min_size", min_size, 1)]:
+            if not value >= least:
+                raise InputError(f"data.segmentation.{name}: {value} is below {least}")
         self.scale, self.sigma, self.min_size = scale, sigma, min_size
 
     def cut(self, image: np.ndarray) -> np.ndarray:

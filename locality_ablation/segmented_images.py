@@ -48,6 +48,10 @@ class SegmentedImages(ImageData):
                              "segmented; set both to 0, or use rand_augment")
 
     def load(self, split: str) -> Dataset:
+        module = self.trainer.lightning_module
+        if not issubclass(module.data_class, SegmentedImages):
+            raise InputError(f"data.class_path: SegmentedImages does not go with {type(module).__name__}, which has no "
+                             "use for segments; set model to locality_ablation.SegmentClassification")
         return SegmentedSet(super().load(split), self.segmentation)
 
     def _on_device(self, split: str) -> bool:

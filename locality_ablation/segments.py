@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     check_file(options.figure)
     if options.size < 1:
         raise InputError(f"--size {options.size}: give a number of pixels, 1 or more")
-    h, w = patch_grid((options.size, options.size), options.patch_size)
+    h, w = patch_grid((options.size, options.size), options.patch_size, "--patch_size")
     cuts = {"patches": lambda image: patches(image, options.patch_size)}
     cuts |= {f"SLIC, {n} iteration{'s' * (n > 1)}": Slic(n, h * w) for n in options.iterations}
     cuts[f"FH, scale {options.scale:g}"] = Felzenszwalb(options.scale)

@@ -87,9 +87,9 @@ def nearest(length: Tensor, size: int) -> Tensor:
 
     Where that lies between two, PIL takes either by the rounding of its sums in float64, which are these.
     """
-    steps = (length.double() / size)[:, None].repeat(1, size)
+    steps = (length.cpu().double() / size)[:, None].repeat(1, size)  # a GPU would add them up in another order
     steps[:, 0] /= 2
-    return steps.cumsum(1).long()
+    return steps.cumsum(1).long().to(length.device)
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -213,8 +213,8 @@ class VisionTransformer(nn.Module):
         return int(rest.partition(".")[0]) + 1 if first == "blocks" else self.depth + 1
 
 
-def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches.
+def patch_grid(image_size: tuple[int, int], patch_size: int, name: str = "model.patch_size") -> tuple[int, int]:
+    """Rows and columns of patches; `name` is the option that a mistake is called by.
 
     Raises:
         InputError: an empty image, or a patch that does not divide it, with the nearest patches that do.
@@ -225,6 +225,6 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     if patch_size < 1 or height % patch_size or width % patch_size:
         nearest = nearest_divisors(patch_size, math.gcd(height, width))
         raise InputError(
-            f"model.patch_size={patch_size} does not divide image_size={height}x{width}; nearest that do: {nearest}"
+            f"{name}={patch_size} does not divide image_size={height}x{width}; nearest that do: {nearest}"
         )
     return height // patch_size, width // patch_size

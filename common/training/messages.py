@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -86,18 +87,17 @@ def _files(argv: list[str]) -> list[Path]:
 
 
 def _classes(argv: list[str]) -> dict[str, type]:
-    """The classes that the config files name for `model` and `data`."""
+    """The classes that the config files, and after them the command line, name for `model` and `data`."""
     classes = {}
     for group in ("model", "data"):
-        named = [(path, _load(path).get(group, {}).get("class_path")) for path in _files(argv)]
-        named = [(path, name) for path, name in named if isinstance(name, str) and "." in name]
+        named = [(name, where) for name, where in _typed_values(argv).get(group, []) if "." in str(name)]
         if named:
-            path, name = named[-1]
+            name, where = named[-1]
             module, _, attribute = name.rpartition(".")
             try:
                 classes[group] = getattr(importlib.import_module(module), attribute)
             except Exception as error:  # a module of one's own raises whatever is wrong with it
-                raise InputError(f"{group}.class_path: {name} in {path} cannot be imported "
+                raise InputError(f"{group}.class_path: {name} in {where} cannot be imported "
                                  f"({type(error).__name__}: {error})") from error
     return classes
 
@@ -120,7 +120,37 @@ def class_help(argv: list[str]) -> str:
 def _known_keys(argv: list[str]) -> set[str]:
     parser = _class_parser({**_classes(argv), "trainer": Trainer, "checkpoint": Checkpoints})
     keys = {action.dest for action in parser._actions}
+    for option, named in _typed_values(argv).items():
+        if f"{option}.help" in keys and (cls := _imported(named[-1][0])):
+            keys.remove(f"{option}.help")
+            keys |= {f"{option}.{parameter}" for parameter in inspect.signature(cls).parameters}
     return keys | {*OPTIONS, "config", "seed_everything", "model", "data", "model.class_path", "data.class_path"}
+
+
+def _typed_values(argv: list[str]) -> dict[str, list[tuple[Any, str]]]:
+    """What is given to each option, and where: first in the config files, then on the command line.
+
+    A class stands under its option: `data` for data.class_path.
+    """
+    values: dict[str, list[tuple[Any, str]]] = {}
+    for path in _files(argv):
+        for key, value in flatten(_load(path)).items():
+            values.setdefault(key.removesuffix(".class_path"), []).append((value, str(path)))
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            given = value if equals else following
+            values.setdefault(name.removesuffix(".class_path"), []).append((given, "the command line"))
+    return values
+
+
+def _imported(path: Any) -> type | None:
+    """The class of an import path; None where there is none, which the parser says."""
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
 
 
 def _typed_keys(argv: list[str]) -> list[tuple[str, str]]:
@@ -180,6 +210,8 @@ def _unknown_part(key: str, known: set[str]) -> str | None:
     parts = key.split(".")
     for length in range(1, len(parts) + 1):
         part = ".".join(parts[:length])
+        if f"{part}.help" in known:  # the options of a class that is not known here
+            return None
         group = any(k.startswith(f"{part}.") for k in known)
         if not group:
             return None if part in known or parts[length - 1] == "class_path" else part

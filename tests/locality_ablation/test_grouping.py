@@ -342,7 +342,8 @@ class Bright(Segmentation):
 
 def data(source, training: bool, way: Segmentation | None = None, **options) -> SegmentedImages:
     made = SegmentedImages(way or Slic(2, 12, limit=15), source=source, batch_size=4, **options)
-    made.trainer = SimpleNamespace(seed=3, training=training, predicting=bool(made.images))
+    made.trainer = SimpleNamespace(seed=3, training=training, predicting=bool(made.images),
+                                   lightning_module=SimpleNamespace(data_class=SegmentedImages))  # fmt: skip
     for split in ["predict"] if made.images else ["train", "val"]:
         made.sets[split] = made.load(split)
     return made

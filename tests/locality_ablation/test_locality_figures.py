@@ -1,6 +1,7 @@
 """The commands that draw: permutations, accuracies, positions, segments."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def test_a_picture_is_cut_to_its_central_square(tmp_path):
     (["--figure", "f.png", "--size", "0"], "--size 0"),
     (["--figure", "f.png", "--image", "nowhere.png"], "nowhere.png"),
     (["--figure", "f.png", "--delta", "1"], "model.permutation.delta: 1 allows no swap"),
+    (["--figure", "f.png", "--delta", "2.5"], "argument --delta: 2.5 is neither a whole number, 2 or more, nor inf"),
+    (["--figure", "f.png", "--patch_size", "0"], "--patch_size=0 does not divide image_size=8x8"),
 ])  # fmt: skip
 def test_mistakes_in_a_picture_are_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -90,11 +93,11 @@ def runs(tmp_path):
 
 def test_a_point_has_the_mean_over_seeds_and_the_share_becomes_a_count(runs, tmp_path):
     runs("a-s0", 50.0, swaps=64), runs("a-s1", 60.0, 1, swaps=64)
-    runs("b-s0", 40.0, share=0.5, delta=4), runs("c-s0", 70.0)
+    runs("b-s0", 40.0, share=0.58, delta=4), runs("c-s0", 70.0)
     groups, _ = group_runs(find_runs([tmp_path / "runs"]))
     points = {group.label: accuracy.point(group) for group in groups}
     assert points["a"][:3] == (64, "inf", 128) and points["a"].accuracy[0::2] == (55.0, 2)
-    assert points["b"][:3] == (64, 4, 128) and points["c"][:3] == (0, "inf", 128)
+    assert points["b"][:3] == (74, 4, 128) and points["c"][:3] == (0, "inf", 128)
 
 
 def test_lines_are_drawn_through_the_points(runs, tmp_path, monkeypatch):
@@ -111,6 +114,15 @@ def test_lines_are_drawn_through_the_points(runs, tmp_path, monkeypatch):
     drawn.clear()
     assert accuracy.main([str(tmp_path / "runs"), "--figure", figure, "--against", "delta"]) == 0
     assert drawn == [("T = 32 (25%)", [2], [60.0]), ("T = 64 (50%)", [0, 1, 2], [65.0, 55.0, 50.0])]
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"swaps": 64, "pairs": "within"}, "differs from .* in model.permutation.pairs, which the figure does not show"),
+    ({}, "no figure: none of the runs swaps any pixels"),
+])  # fmt: skip
+def test_what_one_line_would_hide_is_refused(other, message, runs, tmp_path, monkeypatch, capsys):
+    folders = [runs("a", 50.0, **({"swaps": 32} if other else {})), runs("b", 40.0, **other)]
+    assert re.search(message, error(accuracy.main, [*folders, "--figure", "f.png"], monkeypatch, capsys))
 
 
 def test_runs_of_no_permutation_are_refused(runs, tmp_path, monkeypatch, capsys):

@@ -61,6 +61,24 @@ def test_mistakes_on_the_command_line(command: Callable, arguments, expected):
     assert all(part in line for part in expected), line
 
 
+SHAPES = DIGITS.parents[2] / "locality_ablation" / "configs" / "shapes.yaml"  # whose source has keys of its own
+SEGMENTED = ["--data", "locality_ablation.SegmentedImages", "--data.segmentation"]
+
+
+@pytest.mark.parametrize("typed, expected", [
+    (["--model.position", "foo"], "model.position: foo is none of learned, sincos, none"),
+    (["--model.permutation.delta", "Inf"], "model.permutation.delta: Inf is not an int, nor one of inf"),
+    (["--data.source.lable", "both"],
+     "data.source.lable: unknown key in the command line; did you mean data.source.label?"),
+    ([*SEGMENTED, "locality_ablation.Slic", "--data.segmentation.iteration", "3"],
+     "data.segmentation.iteration: unknown key in the command line; did you mean data.segmentation.iterations?"),
+    (["--data", "locality_ablation.Nope"], "data.class_path: locality_ablation.Nope in the command line cannot be"),
+])  # fmt: skip
+def test_keys_of_classes_within_classes(command: Callable, typed, expected):
+    outcome = command("fit", *typed, config=SHAPES, study="locality_ablation", small=False)
+    assert refused(outcome).startswith(f"error: {expected}")
+
+
 @pytest.mark.parametrize("change, expected", [
     ({"model": {"init_args": {"patchsize": 1}}}, ["model.patchsize", "mine.yaml", "model.patch_size"]),
     ({"model": {"init_args": {"optim": {"l": 1}}}}, ["model.optim.l:", "mine.yaml", "model.optim.lr"]),
