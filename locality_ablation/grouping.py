@@ -41,6 +41,7 @@ class SegmentTokens(nn.Module):
         further = [x.expand(plane), y[:, None].expand(plane), torch.ones_like(x).expand(plane)]  # the last counts
         pixels = torch.cat([images.float(), *further], dim=1).flatten(2).transpose(1, 2)
         slots = segments.flatten(1) + self.limit * torch.arange(batch, device=images.device)[:, None]
+        # Whose order a GPU does not fix: there two runs agree to rounding.
         sums = pixels.new_zeros(batch * self.limit, pixels.shape[2])
         sums = sums.index_add(0, slots.flatten(), pixels.flatten(0, 1)).view(batch, self.limit, -1)
         count = sums[..., -1]
@@ -68,10 +69,10 @@ class SegmentTransformer(VisionTransformer):
 
     def forward(self, images: Tensor, segments: Tensor, drops: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) and the segment of each pixel, int64 (B, H, W) -> logits (B, classes)."""
-        tokens, pixels = self.embed(images, segments)
+        tokens, pixels = self.embed_segments(images, segments)
         return self.classify(tokens, pixels > 0, drops)
 
-    def embed(self, images: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_segments(self, images: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens with their positions (B, S, D), and the number of pixels of each (B, S)."""
         tokens, centroids, pixels = self.patch_embed(images, segments)
         if self.pos_embed is not None:
@@ -112,7 +113,7 @@ class SegmentClassification(Classification):
         return {"loss": super().training_step(batch, index), **found}
 
     def logits(self, batch: dict[str, Tensor], drops: Tensor | None) -> tuple[Tensor, Tensor]:
-        tokens, pixels = self.net.embed(self.transform(batch["image"]), batch["segments"])
+        tokens, pixels = self.net.embed_segments(self.transform(batch["image"]), batch["segments"])
         tokens, there, targets = self.mixed_tokens(tokens, pixels, batch["label"])
         return self.net.classify(tokens, there, drops), targets
 

@@ -85,7 +85,7 @@ def test_a_token_is_the_projection_of_the_mean_pixel():
 def positions(model: SegmentTransformer, segments: torch.Tensor) -> torch.Tensor:
     """What a segment's place adds to its token."""
     images = torch.randn(len(segments), 3, *segments.shape[1:])
-    return model.embed(images, segments)[0] - model.patch_embed(images, segments)[0]
+    return model.embed_segments(images, segments)[0] - model.patch_embed(images, segments)[0]
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos"])
@@ -244,7 +244,7 @@ def pixels_of(batch: dict) -> torch.Tensor:
 @pytest.mark.parametrize("step", range(5))
 def test_mixup_adds_what_is_there_slot_by_slot(step):
     module, batch = prepared(step, mixup=0.8, label_smoothing=0.2)
-    embedded, pixels = module.net.embed(batch["image"], batch["segments"])[0].detach(), pixels_of(batch)
+    embedded, pixels = module.net.embed_segments(batch["image"], batch["segments"])[0].detach(), pixels_of(batch)
     tokens, mask, targets = mixture(module, batch)
     share = ((targets.diagonal() - 0.2 / 8) / 0.8)[0]
     assert 0 < share < 1
@@ -264,7 +264,7 @@ def test_cutmix_takes_a_run_of_slots_and_shares_targets_by_pixels():
     runs = set()
     for step in range(20):
         module, batch = prepared(step, cutmix=1.0, label_smoothing=0.2)
-        embedded, pixels = module.net.embed(batch["image"], batch["segments"])[0].detach(), pixels_of(batch)
+        embedded, pixels = module.net.embed_segments(batch["image"], batch["segments"])[0].detach(), pixels_of(batch)
         tokens, mask, targets = mixture(module, batch)
         taken = (tokens != embedded).any(-1).any(0)
         assert torch.equal(tokens, torch.where(taken[:, None], embedded.flip(0), embedded))
@@ -287,7 +287,7 @@ def test_both_mixtures_take_turns():
     kinds = []
     for step in range(40):
         module, batch = prepared(step, mixup=0.8, cutmix=1.0)
-        embedded = module.net.embed(batch["image"], batch["segments"])[0].detach()
+        embedded = module.net.embed_segments(batch["image"], batch["segments"])[0].detach()
         tokens = mixture(module, batch)[0]
         own, other = ((tokens == whole).all(-1) for whole in (embedded, embedded.flip(0)))
         kinds.append(bool((own | other).all()))
@@ -297,7 +297,7 @@ def test_both_mixtures_take_turns():
 def test_a_batch_that_is_not_mixed_keeps_its_labels():
     module, batch = prepared(0)
     tokens, mask, targets = mixture(module, batch)
-    assert torch.equal(tokens, module.net.embed(batch["image"], batch["segments"])[0]) and targets is batch["label"]
+    assert torch.equal(tokens, module.net.embed_segments(batch["image"], batch["segments"])[0]) and targets is batch["label"]
     assert torch.equal(mask, pixels_of(batch) > 0)
 
 
