@@ -297,7 +297,8 @@ def test_both_mixtures_take_turns():
 def test_a_batch_that_is_not_mixed_keeps_its_labels():
     module, batch = prepared(0)
     tokens, mask, targets = mixture(module, batch)
-    assert torch.equal(tokens, module.net.embed_segments(batch["image"], batch["segments"])[0]) and targets is batch["label"]
+    embedded, _ = module.net.embed_segments(batch["image"], batch["segments"])
+    assert torch.equal(tokens, embedded) and targets is batch["label"]
     assert torch.equal(mask, pixels_of(batch) > 0)
 
 
