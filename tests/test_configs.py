@@ -389,7 +389,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     arm("mae/imagenet28", 784, "--model.size", "tiny"),
     arm("diffusion/digits", 64, "--data.autoencoder", "null", "--data.image_size", "8"),
     arm("diffusion/shapes", 64, "--data.autoencoder", "null", "--data.image_size", "8", "--data.source.train", "8"),
-    arm("diffusion/cifar10", 1024),
+    arm("diffusion/cifar10", 1024, "--model.picture_epochs", "0"),  # whose samples would take minutes
     arm("locality_ablation/digits", 64, "--model.permutation.share", "1"),
     arm("locality_ablation/shapes", 16, "--data.source.train", "8", "--model.permutation.delta", "2",
         "--model.permutation.swaps", "100"),
