@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NoiseData
 
+from common.data.loader import GlobalBatchData
 from common.training.checkpoints import Checkpoints, read
 from common.training.curves import Curves
 from supervised import Classification
@@ -84,10 +84,10 @@ def test_mfu_is_the_share_of_the_peak(train: Callable):
 @pytest.mark.parametrize("seconds, warned", [(0.1, False), (0.5, True)])
 def test_waiting_for_data_is_measured_and_said_once(train: Callable, scalars: Callable, monkeypatch, seconds, warned):
     """Half a second of work a step, and before it the time that the loader takes."""
-    curves, fetch = Curves(), NoiseData.train_dataloader
+    curves, fetch = Curves(), GlobalBatchData.train_dataloader
     clock = Time(curves)
 
-    def slow(data: NoiseData):
+    def slow(data: GlobalBatchData):
         loader = fetch(data)
         collate = loader.collate_fn
 
@@ -98,7 +98,7 @@ def test_waiting_for_data_is_measured_and_said_once(train: Callable, scalars: Ca
         loader.collate_fn = wait
         return loader
 
-    monkeypatch.setattr(NoiseData, "train_dataloader", slow)
+    monkeypatch.setattr(GlobalBatchData, "train_dataloader", slow)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = train(clock, curves, epochs=2, log_every_n_steps=1)
