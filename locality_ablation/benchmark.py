@@ -19,11 +19,12 @@ from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
 from common.command import run_command
 from common.data.crop import fit_one
-from common.data.folders import decode, is_image
+from common.data.folders import is_image
 from common.errors import InputError
 from common.model import VisionTransformer
 from common.training.optim import Recipe, adamw
 from locality_ablation.permutation import Permutation, PixelPermutation
+from locality_ablation.picture import image_of
 from locality_ablation.segmentation import Felzenszwalb, Segmentation, Slic
 
 SIDE, PATCH = 224, 16
@@ -77,13 +78,12 @@ def photographs(folder: Path | None) -> list[Tensor]:
         from skimage import data
 
         pictures = (data.astronaut(), data.chelsea(), data.coffee())
-        images = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
-    else:
-        files = sorted(path for path in folder.rglob("*") if is_image(path)) if folder.is_dir() else []
-        if not files:
-            raise InputError(f"--images {folder}: there are no images")
-        images = [decode(str(file), 3) for file in files]
-    return [fit_one(image, (SIDE, SIDE), 1.0, "bicubic") for image in images]
+        whole = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
+        return [fit_one(image, (SIDE, SIDE), 1.0, "bicubic") for image in whole]
+    files = sorted(path for path in folder.rglob("*") if is_image(path)) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"--images {folder}: there are no images")
+    return [image_of(file, SIDE) for file in files]
 
 
 def segmenting(images: list[Tensor], rounds: int) -> list[tuple[str, ...]]:

@@ -110,9 +110,7 @@ def merge(labels: np.ndarray, image: np.ndarray, limit: int) -> tuple[np.ndarray
     Returns:
         Labels numbered by their first pixels from 0 up, and the share of pixels that were merged into another segment.
     """
-    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
-    labels = first.argsort().argsort()[labels].reshape(image.shape[:2])
-    count = len(first)
+    labels, count = _numbered(labels)
     if count <= limit:
         return labels, 0.0
     size = np.bincount(labels.ravel())
@@ -122,7 +120,7 @@ def merge(labels: np.ndarray, image: np.ndarray, limit: int) -> tuple[np.ndarray
     own = size.copy()  # a segment's pixels before anything was merged into it
     smallest = [(pixels, segment) for segment, pixels in enumerate(size.tolist())]
     heapq.heapify(smallest)
-    left, moved = count, 0
+    left = count
     while left > limit:
         pixels, segment = heapq.heappop(smallest)
         if into[segment] != segment or pixels != size[segment]:
@@ -131,7 +129,6 @@ def merge(labels: np.ndarray, image: np.ndarray, limit: int) -> tuple[np.ndarray
         distance = ((colour[around] / size[around, None] - colour[segment] / size[segment]) ** 2).sum(1)
         target = around[int(distance.argmin())]
         into[segment] = target
-        moved += own[segment]
         size[target] += size[segment]
         colour[target] += colour[segment]
         neighbours[target] |= neighbours[segment]
@@ -140,10 +137,16 @@ def merge(labels: np.ndarray, image: np.ndarray, limit: int) -> tuple[np.ndarray
         neighbours[target] -= {target, segment}
         heapq.heappush(smallest, (int(size[target]), target))
         left -= 1
+    moved = own[into != np.arange(count)].sum()
     while (into != into[into]).any():
         into = into[into]
-    _, first, labels = np.unique(into[labels], return_index=True, return_inverse=True)
-    return first.argsort().argsort()[labels].reshape(image.shape[:2]), float(moved / labels.size)
+    return _numbered(into[labels])[0], float(moved / labels.size)
+
+
+def _numbered(labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels (H, W) numbered by their first pixels from 0 up, and how many there are."""
+    _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[numbers].reshape(labels.shape), len(first)
 
 
 def _neighbours(labels: np.ndarray, count: int) -> list[set[int]]:
