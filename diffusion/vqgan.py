@@ -68,6 +68,7 @@ class AutoencoderTraining(Experiment):
     headline = "loss"
     higher_is_better = False
     picture = "reconstructions"
+    static_graph = False  # the discriminator learns from a step on
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from common.command import run_command
 from common.data.loader import GlobalBatchData
 from common.errors import InputError
 from common.identity import flatten
+from common.parallel import strategies
 from common.training import run
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
 from common.training.curves import Curves
@@ -254,6 +255,7 @@ class StudyCLI(LightningCLI):
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO(), *slurm], "logger": self._logger(),
                 "default_root_dir": str(self.folder), "enable_progress_bar": False}
+        strategies.register()
         try:
             trainer = super().instantiate_trainer(**ours, **kwargs)
         except (MisconfigurationException, ValueError) as error:  # devices that are not there, a malformed max_time

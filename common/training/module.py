@@ -54,6 +54,8 @@ class Experiment(L.LightningModule):
     higher_is_better = True
     # True where the loss is not a mean over images: a step must then see its whole batch on each device.
     whole_batch = False
+    # False where the parameters that receive a gradient change during training.
+    static_graph = True
     picture = ""  # the name of the picture that a validation draws, where a study has one
     pictured = "validation images"  # what is in it
     judged = "images"  # what a test counts

@@ -1,0 +1,6 @@
+"""How one training step is spread over several devices.
+
+Strategies of Lightning's Trainer, chosen with `--trainer.strategy NAME`:
+
+- `ddp`, the default for many devices: each has the whole model and its part of the global batch.
+"""
