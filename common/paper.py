@@ -1,4 +1,5 @@
-"""python -m common.paper list | show ID | run ID --scale demo: the paper's tables and figures, arm by arm.
+"""python -m common.paper list | show ID | run ID --scale demo | commands ID --scale demo: the paper's tables and
+figures, arm by arm.
 
 `run` trains the arms one after another, and each after the arms whose runs it uses; samples of generative models are
 then judged by `test`. The same command goes on where it stopped: finished arms are skipped, since their run folders say
@@ -84,6 +85,17 @@ def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
             yield f"  {shlex.join(['python', *scale.drawing(exhibit.id)[1:]])}"
 
 
+def commands(exhibit: Exhibit, scale: Scale, seeds: int | None, number: int | None) -> Iterator[str]:
+    """A line a stage, STUDY STAGE ARGUMENTS, of one run by its number, or of all, each behind its number."""
+    starts = scale.starts(seeds)
+    if number is not None and not 0 <= number < len(starts):
+        raise InputError(f"--number {number}: {exhibit.id} has the runs 0 to {len(starts) - 1} at scale {scale.name}")
+    for place, start in enumerate(starts):
+        if number in (None, place):
+            front = "" if number is not None else f"{place}\t"
+            yield from (front + shlex.join(start.command(stage)[2:]) for stage in start.stages)
+
+
 def _leading_comment(config: Path) -> Iterator[str]:
     for line in config.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -164,12 +176,15 @@ def _parser(exhibits: Mapping[str, Exhibit]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="ids, what they show, their arms, and how far their runs are", allow_abbrev=False)
     for name, text in [("show", "the exact commands, and where hyper-parameters come from"),
-                       ("run", "train what is not finished, then compare")]:
+                       ("run", "train what is not finished, then compare"),
+                       ("commands", "a line for each run and stage, as common.submit's arrays take them")]:
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("id", help=", ".join(exhibits))
-        command.add_argument("--scale", required=name == "run", help="demo (minutes on two cores), gpu or paper")
-        if name == "run":
+        command.add_argument("--scale", required=name != "show", help="demo (minutes on two cores), gpu or paper")
+        if name != "show":
             command.add_argument("--seeds", type=int, help="seeds 0 to N-1; default: the scale's own number")
+        if name == "commands":
+            command.add_argument("--number", type=int, help="of the one run that is wanted, from 0; default: all")
     return parser
 
 
@@ -188,6 +203,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: give a number of seeds, 1 or more")
+    if options.command == "commands":
+        print("\n".join(commands(exhibit, exhibit.scale(options.scale), options.seeds, options.number)))
+        return 0
     return run(exhibit, exhibit.scale(options.scale), options.seeds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -171,6 +172,7 @@ class GlobalBatchData(L.LightningDataModule):
             collate_fn=_whole_batch,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_outlast_sigterm if self.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -201,6 +203,11 @@ def _micro_batch(batch: int, most: int) -> int | None:
     divisors = [n for n in range(1, min(batch, most) + 1) if batch % n == 0]
     largest = max((n for n in divisors if n % 2 == 0), default=divisors[-1])  # even: mixup pairs images
     return largest if 2 * largest >= min(most, batch) else None
+
+
+def _outlast_sigterm(_: int) -> None:
+    # Slurm signals every process of a job; the main one goes on to the end of its step. Workers end with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:

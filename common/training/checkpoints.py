@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file, syncs to the disk, then renames; the old `last.ckpt` stays as `previous.ckpt`."""
+    """Writes beside the file, syncs to the disk, then renames; the old `last.ckpt` stays as `previous.ckpt`.
+
+    Args:
+        check: called before a file takes its name; raises where that must not be.
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self.check = check
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -32,8 +40,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+            self.check()
+        except BaseException as error:
             temporary.unlink(missing_ok=True)  # a full disk needs the room
+            if isinstance(error, OSError | RuntimeError):  # torch's writer tells the second for the first
+                raise OSError(f"{path} could not be written ({error.__context__ or error}); what was saved before is "
+                              "intact. Make room, and the same command goes on") from error
             raise
         if path.exists():
             os.replace(path, path.with_name(PREVIOUS))
@@ -58,6 +70,7 @@ class Checkpoints(Checkpoint):
                 raise InputError(f"checkpoint.{name}: {value} is not a positive number")
         self.every_n_steps, self.every_n_epochs, self.milestones = every_n_steps, every_n_epochs, milestones or []
         self.best: float | None = None
+        self._saved: int | None = None  # the step of `last.ckpt`, of this start
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -69,7 +82,7 @@ class Checkpoints(Checkpoint):
         stepped = (i + 1) % trainer.accumulate_grad_batches == 0
         last_of_epoch = i + 1 == trainer.num_training_batches
         if stepped and not last_of_epoch and trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer, module)
+            self.save(trainer, module)
         if last_of_epoch and trainer.current_epoch + 1 == trainer.max_epochs and trainer.check_val_every_n_epoch:
             trainer.check_val_every_n_epoch = 1  # a run's results are those of its last epoch
 
@@ -77,7 +90,7 @@ class Checkpoints(Checkpoint):
         epochs = trainer.current_epoch + 1
         better = self._improved(trainer, module)
         if better or epochs % self.every_n_epochs == 0 or epochs in (trainer.max_epochs, *self.milestones):
-            self._save(trainer, module)
+            self.save(trainer, module)
             for name in [BEST] * better + [f"epoch={epochs}.ckpt"] * (epochs in self.milestones):
                 if trainer.is_global_zero:
                     _link(folder_of(trainer) / LAST, folder_of(trainer) / name)
@@ -94,7 +107,11 @@ class Checkpoints(Checkpoint):
             return True
         return False
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Writes `last.ckpt`, unless it is this step's already."""
+        if trainer.global_step == self._saved:
+            return
+        self._saved = trainer.global_step
         # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
         if not all(parameter.isfinite().all() for parameter in module.parameters()):
             raise FloatingPointError(f"weights are not finite at step {trainer.global_step}; the last checkpoint is "

@@ -32,11 +32,16 @@ from common.training import run
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
 from common.training.curves import Curves
 from common.training.initialisation import REQUIRED, check_source
+from common.training.lock import RunLock
 from common.training.messages import class_help, explain, given_configs, with_extended
 from common.training.module import Experiment
+from common.training.nonfinite import SkipNonFinite
 from common.training.options import OPTIONS, OVERRULED
+from common.training.preflight import check_devices, check_tasks
 from common.training.progress import Progress
+from common.training.requeue import Requeue
 from common.training.trainer import Trainer
+from common.training.watchdog import Watchdog
 
 EVALUATIONS = ("validate", "test", "predict")
 
@@ -72,6 +77,11 @@ class StudyCLI(LightningCLI):
     def __init__(self, study: str, args: list[str] | None = None, run: bool = True) -> None:
         self.study, self.execute = study, run
         self.given = sys.argv[1:] if args is None else args
+        self.closing = contextlib.ExitStack()  # what the command holds while it runs
+        with self.closing:
+            self._run()
+
+    def _run(self) -> None:
         super().__init__(
             Experiment,
             GlobalBatchData,
@@ -133,6 +143,7 @@ class StudyCLI(LightningCLI):
             raise InputError(f"--run_name: {name} is not the name of a folder; --runs says where it lies")
         self.folder = Path(self.options.runs) / self.study / name
         self.resolved["run_name"] = name
+        self.lock = RunLock(self.folder)
         self.checkpoint: Path | None = None
         if self.execute:
             run.refuse_unwritable(self.folder)
@@ -177,6 +188,10 @@ class StudyCLI(LightningCLI):
 
     def _before_fit(self) -> None:
         self._check_trainer()
+        if rank_zero_only.rank == 0:
+            self.lock.acquire()
+            self.closing.callback(self.lock.release)
+        self.options.overwrite &= not run.restarted(self.folder)
         if self.options.overwrite:  # what is there goes when training starts, and not for a command that fails before
             self.checkpoint = self._continued()
             self._check_source()
@@ -247,24 +262,39 @@ class StudyCLI(LightningCLI):
         if not isinstance(self.datamodule, self.model.data_class):
             raise InputError(f"data.class_path: {type(self.datamodule).__name__} does not go with "
                              f"{type(self.model).__name__}, which takes {self.model.data_class.__name__}")
-        curves = Curves()
+        skip = self.options.nonfinite == "skip"
+        curves = Curves(refuse_nonfinite=not skip)
         folder = run.RunFolder(self.study, self.folder, self.resolved, curves, self.options.overwrite)
-        callbacks = [Progress(curves), curves, folder]
+        callbacks = [Progress(curves), curves, folder, Watchdog(self.options.hang_timeout)]
+        if self.subcommand == "fit":
+            callbacks += [SkipNonFinite()] * skip + [self._requeue()]
         own = self._get(self.config_init, "trainer").get("callbacks") or []
-        # Lightning's requeueing would save in the signal handler, in mid-step, what no start reads.
-        slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-        ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO(), *slurm], "logger": self._logger(),
-                "default_root_dir": str(self.folder), "enable_progress_bar": False}
+        slurm = []
+        if SLURMEnvironment.detect():
+            check_tasks()
+            slurm = [SLURMEnvironment(auto_requeue=False)]
+        ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO(self.lock.check), *slurm],
+                "logger": self._logger(), "default_root_dir": str(self.folder), "enable_progress_bar": False}
         strategies.register()
         try:
             trainer = super().instantiate_trainer(**ours, **kwargs)
         except (MisconfigurationException, ValueError) as error:  # devices that are not there, a malformed max_time
             raise InputError(f"trainer: {error}") from error
+        if slurm and self.subcommand != "check":
+            check_devices(trainer.num_nodes, trainer.num_devices)
+        # Its handlers save, and wait for other ranks, in mid-step; ours only note what came.
+        trainer._signal_connector.register_signal_handlers = lambda: None
         # The checkpoint that was found here and no other: inside Slurm Lightning would take any hpc_ckpt_*.ckpt about.
         trainer._checkpoint_connector._parse_ckpt_path = lambda _, path, **__: path
         trainer.seed = self.options.seed_everything
         self.model.init_from = None if self.checkpoint else self.options.init_from
         return trainer
+
+    def _requeue(self) -> Requeue:
+        requeue = Requeue(self.options.requeue_signal)
+        requeue.listen()
+        self.closing.callback(requeue.restore)
+        return requeue
 
     def _logger(self) -> TensorBoardLogger | bool:
         if self.subcommand in ("check", "predict") or (self.subcommand != "fit" and not self.checkpoint):

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common.model.flops import peak_flops
@@ -17,22 +19,29 @@ STARVING = 0.3  # share of the time without data from which a warning is due
 
 
 class Curves(L.Callback):
-    """Writes `train/loss`, `train/lr`, `train/images_per_second`, `train/data_wait` and `train/mfu` every
-    `log_every_n_steps` steps.
+    """Writes `train/loss`, `train/lr`, `train/grad_norm`, `train/images_per_second`, `train/data_wait` and `train/mfu`
+    every `log_every_n_steps` steps.
 
     Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
     `train/l1`. The loss, like them, is that of the step's whole global batch. Between two points nothing is read from
     the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too. `train/mfu`,
     the share of the devices' peak that the model's own FLOPs reach, is left out where the peak is not known.
     `train/data_wait` is the share of the time in which there was no batch to train on; where it is large, that is said.
+    `train/grad_norm` is the norm of all gradients before they are clipped.
+
+    Args:
+        refuse_nonfinite: stop where a loss or a gradient is not finite, and name the step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refuse_nonfinite: bool = True) -> None:
+        self.refuse_nonfinite = refuse_nonfinite
         self.peak_flops: float | None = None  # of all devices together
         self.values: dict[str, float] = {}
         self.clock = time.perf_counter  # replaced in tests
         self._sums: dict[str, torch.Tensor] = {}  # of the step's micro-batches so far
+        self._losses: list[torch.Tensor] = []  # of the steps since the last point, to name the one that went wrong
         self._lr = 0.0
+        self._grad_norm = torch.tensor(0.0)
         self._started = self._idle_since = 0.0
         self._steps, self._waited = 0, 0.0
         self._points = 0  # of this start
@@ -57,6 +66,8 @@ class Curves(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         self._lr = max(group["lr"] for group in optimizer.param_groups)  # the schedule moves on before the batch ends
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            self._grad_norm = grad_norm(module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
         self._idle_since = self.clock()
@@ -68,20 +79,22 @@ class Curves(L.Callback):
             return
         sums, self._sums = self._sums, {}
         self._steps += 1
+        self._losses.append(sums["loss"])
         if trainer.global_step % trainer.log_every_n_steps == 0:
             means = trainer.strategy.reduce(torch.stack([value.float() for value in sums.values()]), reduce_op="mean")
             self._write(trainer, module, dict(zip(sums, means.tolist(), strict=True)))
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule, scalars: dict[str, float]) -> None:
-        step, loss = trainer.global_step, scalars["loss"]
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"train/loss is {loss} at step {step}; the last checkpoint is kept. Try a lower "
-                                     "model.optim.lr, a longer warm-up, model.qk_norm, or trainer.gradient_clip_val")
+        step, norm = trainer.global_step, float(self._grad_norm)
+        losses, self._losses = self._losses, []
+        if self.refuse_nonfinite and not (math.isfinite(scalars["loss"]) and math.isfinite(norm)):
+            self._refuse(trainer, losses, scalars["loss"], norm)
         seconds = max(self.clock() - self._started, 1e-9)
         images_per_second = self._steps * trainer.datamodule.global_batch / seconds
         self.values = {
             **{f"train/{name}": value for name, value in scalars.items()},
             "train/lr": self._lr,
+            "train/grad_norm": norm,
             "train/images_per_second": images_per_second,
             "train/data_wait": self._waited / seconds,
         }
@@ -92,9 +105,23 @@ class Curves(L.Callback):
         trainer.logger.log_metrics(self.values, step=step)
         self._restart_clock()
 
+    def _refuse(self, trainer: L.Trainer, losses: list[torch.Tensor], loss: float, norm: float) -> None:
+        sound = trainer.strategy.reduce(torch.stack(losses).isfinite().float(), reduce_op="sum") == trainer.world_size
+        first = trainer.global_step - len(losses) + 1 + sound.tolist().index(False) if not sound.all() else None
+        what = f"train/loss is {loss}, for the first time at step {first}" if first else (
+            f"train/grad_norm is {norm} at step {trainer.global_step}")
+        raise FloatingPointError(f"{what}; the last checkpoint is kept. Try a lower model.optim.lr, a longer warm-up, "
+                                 "model.qk_norm, trainer.gradient_clip_val, or --nonfinite skip")
+
     def _warn_of_starving(self, trainer: L.Trainer, share: float) -> None:
         self._points += 1
         if share > STARVING and self._points > 1 and not self._starving:  # the first has the start of the workers in it
             self._starving = True
             rank_zero_warn(f"training waits for its data for {share:.0%} of the time (train/data_wait); data.workers: "
                            f"{trainer.datamodule.workers}, more of them would help where there are cores")
+
+
+def grad_norm(module: L.LightningModule) -> torch.Tensor:
+    """The Euclidean norm of all gradients of a module, (), without waiting for the device."""
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -67,6 +67,13 @@ def refuse_changed_source(folder: Path, results: dict[str, Any]) -> None:
                          "it anew too, with --overwrite, or choose another --run_name")
 
 
+def restarted(folder: Path) -> bool:
+    """Whether Slurm has started this job again, and the run in this folder is that of its earlier starts."""
+    if not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        return False
+    return read_results(folder).get("job") == os.environ["SLURM_JOB_ID"]
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Before the data are read, and without leaving an empty folder behind."""
     place = next(place for place in (folder, *folder.parents) if place.exists())
@@ -261,6 +268,7 @@ class RunFolder(L.Callback):
             | {"python": platform.python_version()},
             "hardware": hardware(trainer),
             "commit": commit(),
+            **({"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
             **({"init_from": self.initialised} if self.initialised else {}),
         }
 

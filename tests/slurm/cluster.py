@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
@@ -99,10 +99,10 @@ class Cluster:
         assert outcome.returncode == 0, f"{words}: {outcome.stderr}"
         return outcome.stdout
 
-    def run(self, script: Path, *arguments: object) -> int:
-        """Submits a batch script with its arguments; the job's number."""
-        log = self.folder / "%j.txt"
-        return int(self.command("sbatch", "--parsable", "--open-mode=append", f"--output={log}", script, *arguments))
+    def run(self, script: Path, *arguments: object, options: Sequence[str] = ()) -> int:
+        """Submits a batch script with its arguments, and sbatch's options; the job's number."""
+        ours = ["--parsable", "--open-mode=append", f"--output={self.folder / '%j.txt'}"]
+        return int(self.command("sbatch", *ours, *options, script, *arguments))
 
     def state(self, job: int) -> str:
         """PENDING, RUNNING, COMPLETED, FAILED, ..."""

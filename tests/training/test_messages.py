@@ -245,7 +245,7 @@ def test_a_logger_of_ones_own_is_refused_and_not_dropped(command: Callable) -> N
 def test_a_start_that_failed_leaves_no_folder(command: Callable, tmp_path: Path) -> None:
     assert command("fit", "--model.patch_size", "3", small=False).code == 2
     assert command("fit", "--model.optim.warmup_epochs", "7").code == 2
-    assert not any((tmp_path / "runs").rglob("*.0")) and not any((tmp_path / "runs/supervised").iterdir())
+    assert not (tmp_path / "runs").exists()
     assert "finished: runs/supervised/" in command("fit").out
 
 

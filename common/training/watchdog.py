@@ -1,0 +1,61 @@
+"""A rank that waits for ever, for a peer, a disk or a loader, says where, and ends."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+HUNG = 134  # as after SIGABRT: batch scripts take it for a killed process, and try again
+
+
+class Watchdog(L.Callback):
+    """Without a batch for a while, writes the stacks of all threads to RUN_FOLDER/stacks/rank-N.txt and ends the rank.
+
+    Every rank watches itself: where one hangs all others wait for it, and each stack shows at what.
+
+    Args:
+        seconds: how long a batch may take, a validation's or the first one's with its compilation too; 0 watches not.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last = time.monotonic()
+        self._over = threading.Event()
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._last = time.monotonic()
+        if self.seconds:
+            threading.Thread(target=self._watch, args=(trainer,), daemon=True, name="watchdog").start()
+
+    def _pulse(self, *_: Any, **__: Any) -> None:
+        self._last = time.monotonic()
+
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _pulse
+    on_train_start = on_train_epoch_end = on_validation_end = on_save_checkpoint = _pulse
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._over.set()
+
+    on_exception = teardown
+
+    def _watch(self, trainer: L.Trainer) -> None:
+        while not self._over.wait(min(self.seconds / 4, 5)):
+            if time.monotonic() - self._last > self.seconds:
+                self._end(trainer)
+
+    def _end(self, trainer: L.Trainer) -> None:
+        path = Path(trainer.default_root_dir) / "stacks" / f"rank-{trainer.global_rank}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            faulthandler.dump_traceback(file)
+        print(f"failed: rank {trainer.global_rank} has had no batch for {self.seconds:g} s at step "
+              f"{trainer.global_step}, stacks -> {path}; the last checkpoint is kept, and the same command goes on "
+              "(--hang_timeout gives it longer)", file=sys.stderr, flush=True)
+        os._exit(HUNG)  # nothing less ends a thread that waits in a collective
