@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
 
 # The short times: a signed credential must expire before a requeued job may start (two minutes by default), and a dead
-# node is noticed after SlurmdTimeout (five minutes). config_overrides: two CPUs a node, however many there really are.
+# node is noticed after SlurmdTimeout (five minutes). config_overrides: four CPUs a node, however many there really are.
 CONFIG = """\
 ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
@@ -52,8 +52,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
@@ -77,7 +77,10 @@ class Cluster:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has at most 107 characters
-        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        # Jobs inherit it. Both nodes are this machine, under two names.
+        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHON": sys.executable,
+                            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
+        self._revived: list[subprocess.Popen] = []
         # A session of its own: Ctrl-C goes to the tests alone, which then close the pipe.
         self._keeper = subprocess.Popen(
             [sys.executable, __file__, str(self.folder)],
@@ -89,6 +92,9 @@ class Cluster:
 
     def close(self) -> None:
         """Ends all jobs and daemons, and waits until they are gone."""
+        for daemon in self._revived:
+            daemon.kill()
+            daemon.wait()
         self._keeper.communicate(timeout=60)
         assert self._keeper.returncode == 0
 
@@ -121,12 +127,50 @@ class Cluster:
         path = self.folder / f"{job}.txt"
         return path.read_text() if path.exists() else ""
 
-    def kill(self, job: int) -> None:
-        """kill -9 of the tasks of the job's first step, on both nodes at once; its batch script sees srun fail.
+    def restarts(self, job: int) -> int:
+        """How often Slurm has started the job again."""
+        return int(re.search(r"Restarts=(\d+)", self.command("scontrol", "show", "job", job))[1])
 
-        With the job's number alone Slurm would be kinder, and send SIGTERM first.
+    def kill(self, job: int, rank: int) -> None:
+        """kill -9 of one rank, and not of its loader's workers, as a machine that runs out of memory does."""
+        mark = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        ranks = [process for process in _processes() if mark <= _environment(process)]
+        first = [process for process in ranks if _parent(process) not in ranks]
+        assert len(first) == 1, f"job {job} has {len(first)} processes of rank {rank}"
+        os.kill(first[0], signal.SIGKILL)
+
+    def fail(self, node: str) -> None:
+        """A node that Slurm hears nothing of any more: its slurmd and the slurmstepds of its jobs are gone, and what
+        they had started runs on.
         """
-        self.command("scancel", "--signal=KILL", f"{job}.0")
+        tasks = [process for process in _processes() if f"SLURMD_NODENAME={node}" in _environment(process)]
+        keepers = {_parent(process) for process in tasks} - set(tasks)
+        os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+        for keeper in keepers:
+            os.kill(keeper, signal.SIGKILL)
+
+    def revive(self, node: str) -> None:
+        with open(self.folder / "revived.log", "ab") as log:
+            self._revived.append(subprocess.Popen(["slurmd", "-D", "-N", node], env=self.environment, stdout=log,
+                                                  stderr=log, stdin=subprocess.DEVNULL))  # fmt: skip
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _environment(process: int) -> set[str]:
+    try:
+        return set(Path(f"/proc/{process}/environ").read_text(errors="replace").split("\0"))
+    except OSError:  # it has ended
+        return set()
+
+
+def _parent(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 # The keeper
@@ -218,15 +262,7 @@ def _end() -> None:
 
 def _children() -> list[int]:
     """All that have not been waited for, so that their numbers cannot have passed to others."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):  # ended in between
-            continue
-        if parent == os.getpid():
-            found.append(int(stat.parent.name))
-    return found
+    return [process for process in _processes() if _parent(process) == os.getpid()]
 
 
 if __name__ == "__main__":
