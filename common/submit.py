@@ -56,6 +56,8 @@ def arrays(id: str, words: list[str], options: argparse.Namespace) -> Iterator[t
     for number, start in enumerate(starts):
         if state(start) != "finished":
             levels.setdefault(_level(start), []).append(number)
+    if not levels:
+        print(f"{id}, {chosen.scale}: all {len(starts)} runs are finished")
     for position, (_, numbers) in enumerate(sorted(levels.items())):
         after = ["--dependency", "afterok:JOB"] if position else []
         names = "; ".join(f"{number}: {starts[number].arm.name}, seed {starts[number].seed}" for number in numbers)

@@ -111,8 +111,9 @@ class Cluster:
         return int(self.command("sbatch", *ours, *options, script, *arguments))
 
     def state(self, job: int) -> str:
-        """PENDING, RUNNING, COMPLETED, FAILED, ..."""
-        return re.search(r"JobState=(\w+)", self.command("scontrol", "show", "job", job))[1]
+        """PENDING, RUNNING, COMPLETED, ...; of an array that of a task that goes on, else of one that failed."""
+        states = re.findall(r"JobState=(\w+)", self.command("scontrol", "show", "job", job))
+        return max(states, key=lambda state: (state in UNFINISHED, state != "COMPLETED"))
 
     def wait(self, job: int, seconds: float = 120) -> str:
         """The state in which the job ended."""
