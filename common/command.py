@@ -37,7 +37,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         if debug:
             raise
         mistake = _mistake(error)
-        message = f"error: {_line(mistake)}" if mistake else f"failed: {_line(error)} (--debug shows where)"
+        message = f"error: {one_line(mistake)}" if mistake else f"failed: {one_line(error)} (--debug shows where)"
         if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
             print(message, file=sys.stderr)
         code = 2 if mistake else 1
@@ -57,7 +57,8 @@ def _mistake(error: BaseException | None) -> InputError | None:
     return None
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, without its traceback."""
     text = str(error)
     if "Original Traceback" in text:  # from a loader process: its own last line is the error
         text = text.strip().splitlines()[-1].split(": ", 1)[-1]

@@ -56,6 +56,7 @@ class Requeue(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for a GPU
+            self._compare_steps(trainer.global_step)
         if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol") is None:
             rank_zero_warn(f"scontrol is not found: after a signal this command saves and leaves with exit code "
                            f"{STOPPED}, and the batch script has to requeue the job")
@@ -70,6 +71,14 @@ class Requeue(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch + 1 < trainer.max_epochs and self._agreed():
             self._leave(trainer, module)
+
+    def _compare_steps(self, step: int) -> None:
+        """Each rank has found its checkpoint by itself, on a file system that may show one of them an older state."""
+        ends = torch.tensor([step, -step])
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
+        if ends.sum():
+            raise RuntimeError(f"ranks go on from different steps, {-ends[1]} to {ends[0]}: not all of them see the "
+                               "newest checkpoint yet; start the same command again")
 
     def _agreed(self) -> bool:
         """Whether any rank had received a signal when it was asked last."""

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 import yaml
 
+from common.command import one_line
 from common.errors import InputError
 from common.identity import config_hash, covered, differing, flatten
 from common.runs import changed_source
@@ -203,6 +205,9 @@ class RunFolder(L.Callback):
             print(f"finished: {self.folder}" + ("" if score is None else f", val/{module.headline} {score:.4g}"))
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Exception) and trainer.global_rank and trainer.fit_loop.epoch_progress.total.started:
+            # Before this every rank makes the same mistake, and the first tells it; from here on a rank may be alone.
+            print(f"rank {trainer.global_rank}: {one_line(exception)}", file=sys.stderr, flush=True)
         if trainer.state.fn == "fit" and not self._config_written:
             self._leave_nothing(trainer)
         elif self.results and isinstance(exception, Exception):
