@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from common.data.colour import normalised
@@ -21,10 +19,9 @@ from common.data.images import ImageData
 from common.data.loader import GlobalBatchData
 from common.errors import InputError
 from common.model import VisionTransformer
-from common.training.checkpoints import newest_readable, read
-from common.training.initialisation import state_dict_of
+from common.training.checkpoints import read
 from common.training.module import Experiment
-from common.training.run import read_config
+from common.training.trained import load
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -166,39 +163,22 @@ class Classifier(Extractor):
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a run folder of `python -m supervised`, its weights averaged where the run keeps an average.
 
-    The class is the one that the run's config names; its data's class names are read, and so may need its data.
-
     Raises:
         InputError: not a run folder, a run without a checkpoint, or of another task than classification.
     """
-    file = folder / "config.yaml"
     if not folder.exists():
         raise InputError(f"extractor: there is no run folder {folder}; train the classifier first, as in python -m "
                          "supervised fit --config supervised/configs/digits.yaml --model.patch_size 2")
-    if not file.is_file():
+    if not (folder / "config.yaml").is_file():
         raise InputError(f"extractor: {folder} is neither inception nor the run folder of a classifier")
-    config = read_config(file)
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(Experiment, "model", subclass_mode=True)
-    parser.add_lightning_class_args(GlobalBatchData, "data", subclass_mode=True)
-    try:
-        built = parser.instantiate(parser.parse_object({key: config.get(key) for key in ("model", "data")}))
-    except ArgumentError as error:
-        reason = " ".join(str(error).split("    - ")[:2][-1].split())  # the first subtype's, of a Union
-        raise InputError(f"extractor: {file} is not the config of an experiment ({reason})") from error
-    if not isinstance(built.data, ImageData) or not hasattr(built.model, "transform"):
-        raise InputError(f"extractor: {folder} is a run of {type(built.model).__name__}, which is no classification "
-                         "of images")
-    checkpoint = newest_readable(folder / "checkpoints")
-    if checkpoint is None:
-        raise InputError(f"extractor: {folder} holds no checkpoint; train the classifier first")
-    net = built.model.build(built.data)
-    try:
-        net.load_state_dict(state_dict_of(checkpoint))
-    except RuntimeError as error:
-        raise InputError(f"extractor: {checkpoint} does not fit the config of its run folder "
-                         f"({' '.join(str(error).split())[:200]})") from error
-    return Classifier(folder.resolve().name, built.model, net, built.data, sha256(checkpoint))
+
+    def check(experiment: Experiment, data: GlobalBatchData) -> None:
+        if not isinstance(data, ImageData) or not hasattr(experiment, "transform"):
+            raise InputError(f"extractor: {folder} is a run of {type(experiment).__name__}, which is no classification "
+                             "of images")
+
+    run = load(folder, "extractor", check)
+    return Classifier(folder.resolve().name, run.experiment, run.net, run.data, sha256(run.checkpoint))
 
 
 def sha256(file: Path) -> str:
