@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H x W pixels, L image tokens, N = prefix + L tokens
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -189,13 +189,16 @@ class VisionTransformer(nn.Module):
         unknown = sorted(layer for layer in wanted if not 0 <= layer < self.depth)
         if unknown:
             raise InputError(f"layers={unknown} do not exist; the model has layers 0 to {self.depth - 1}")
-        maps: dict[int, Tensor] = {}
+        layers = zip(range(max(wanted, default=-1) + 1), self.each_attention_map(images), strict=False)
+        return {layer: maps for layer, maps in layers if layer in wanted}
+
+    @torch.no_grad()
+    def each_attention_map(self, images: Tensor) -> Iterator[Tensor]:
+        """Attention maps (B, heads, N, N) of one block after the other."""
         x = self.embed(images)
-        for layer, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            if layer in wanted:
-                maps[layer] = block.attn.maps(block.norm1(x))
+        for block in self.blocks:
+            yield block.attn.maps(block.norm1(x))
             x = block(x)
-        return maps
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of more than one dimension that are exempt from weight decay."""

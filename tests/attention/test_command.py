@@ -1,0 +1,77 @@
+"""python -m common.attention on trained runs: classifiers under a permutation, MAE, files of one's own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+from common.attention.__main__ import examine, main
+from common.attention.measures import AttentionMeasures
+from common.errors import InputError
+from common.training.trained import evaluation_batches, load
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = {"locality_ablation": ["--model.permutation.share", "1.0", "--model.optim.ema", "0.5"], "mae": []}
+
+
+@pytest.fixture
+def runs(command: Callable) -> dict[str, Path]:
+    """A short training of each study: a permuted classifier with an average of its weights, and MAE."""
+    for study, options in CONFIGS.items():
+        outcome = command("fit", "--run_name", "a", *options, study=study, config=ROOT / study / "configs/digits.yaml")
+        assert outcome.code == 0, outcome.err
+    return {study: Path("runs") / study / "a" for study in CONFIGS}
+
+
+def test_it_sees_what_the_model_saw(runs: dict[str, Path]) -> None:
+    """The weights that were evaluated, on images as they reached the net."""
+    run = load(runs["locality_ablation"], "RUN_FOLDER")
+    seen = examine(run, None, count=7, shown=[(1, 0)])
+    batch = next(iter(evaluation_batches(run.data)))["image"][:7]
+    average = torch.load(run.checkpoint, weights_only=True)["ema"]["state_dict"]
+    assert torch.equal(run.net.pos_embed, average["pos_embed"])
+    permuted = run.experiment.permuted(batch)
+    assert not torch.equal(permuted, batch)
+    maps = run.net.attention_maps(permuted, range(run.net.depth))
+    expected = AttentionMeasures(run.net.grid, 1)
+    for layer, of_layer in maps.items():
+        expected.update(layer, of_layer)
+    for one, other in zip(seen.measures, expected.compute(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    rows, columns = run.net.grid
+    middle = 1 + rows // 2 * columns + columns // 2
+    torch.testing.assert_close(seen.maps[0].flatten(1), maps[0][:4, 1, middle, 1:])
+
+
+@pytest.mark.parametrize("shows", ["distance", "offset", "offset_per_query", "maps"])
+def test_two_runs_side_by_side(runs: dict[str, Path], shows: str) -> None:
+    options = ["--count", "5", "--map", "1,0", "--shows", shows, "--figure", "out/a.png", "--json", "a.json"]
+    assert main([*map(str, runs.values()), *options]) == 0
+    numbers = json.loads(Path("a.json").read_text())
+    assert set(numbers) == {"locality_ablation/a", "mae/a"}  # both runs are called a
+    assert all(len(run["offset"]) == 1 and len(run["offset"][0]) == 2 for run in numbers.values())
+    assert Path("out/a.png").stat().st_size > 10_000
+
+
+def test_images_of_ones_own(runs: dict[str, Path]) -> None:
+    Path("pictures").mkdir()
+    for i in range(3):
+        picture = torch.randint(256, (1, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        write_png(picture, f"pictures/{i}.png")
+    run = load(runs["mae"], "RUN_FOLDER")
+    seen = examine(run, Path("pictures"), count=10, shown=[(0, 0)])
+    assert len(seen.images) == len(seen.maps[0]) == 3 and seen.images.shape[1:] == (1, 8, 8)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--map", "9,0"], "--map 9,0: the model has heads 0 to"), (["--map", "1"], "--map 1: give HEAD,LAYER"),
+    (["--count", "0"], "--count 0: give 1 or more"),
+    (["--figure", "a.txt"], "--figure a.txt: name a file that ends in"),
+    (["--images", "nowhere"], "data.images: nowhere is not a folder"),
+])  # fmt: skip
+def test_mistakes_are_named(runs: dict[str, Path], options: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        main([str(runs["mae"]), *options])
