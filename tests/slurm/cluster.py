@@ -133,12 +133,12 @@ class Cluster:
         return int(re.search(r"Restarts=(\d+)", self.command("scontrol", "show", "job", job))[1])
 
     def kill(self, job: int, rank: int) -> None:
-        """kill -9 of one rank, and not of its loader's workers, as a machine that runs out of memory does."""
+        """kill -9 of one rank, and not of its shell or its loader's workers, as a full memory does."""
         mark = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
         ranks = [process for process in _processes() if mark <= _environment(process)]
-        first = [process for process in ranks if _parent(process) not in ranks]
-        assert len(first) == 1, f"job {job} has {len(first)} processes of rank {rank}"
-        os.kill(first[0], signal.SIGKILL)
+        (shell,) = [process for process in ranks if _parent(process) not in ranks]
+        (python,) = [process for process in ranks if _parent(process) == shell]
+        os.kill(python, signal.SIGKILL)
 
     def fail(self, node: str) -> None:
         """A node that Slurm hears nothing of any more: its slurmd and the slurmstepds of its jobs are gone, and what
