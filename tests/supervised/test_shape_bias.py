@@ -1,0 +1,143 @@
+"""Shape bias: hand-computed cases, ImageNet's categories, files of others, and a model of the suite's own shapes."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torchvision.io import write_png
+
+from common.errors import InputError
+from supervised.shape_bias import CATEGORIES, Count, Decision, answers, by_category, main, read_decisions, total
+
+ROOT = Path(__file__).parent.parent.parent
+COUNTS = {"airplane": 1, "bear": 4, "bicycle": 2, "bird": 49, "boat": 5, "bottle": 7, "car": 3, "cat": 6, "chair": 4,
+          "clock": 3, "dog": 109, "elephant": 2, "keyboard": 2, "knife": 1, "oven": 1, "truck": 8}  # fmt: skip
+
+
+def test_the_categories_are_those_of_geirhos() -> None:
+    assert {name: len(members) for name, members in CATEGORIES.items()} == COUNTS
+    assert len({index for members in CATEGORIES.values() for index in members}) == 207
+    # Tench, and the classes beside the ranges: a dingo, a hyena and a wild dog are no dogs.
+    assert not {0, 273, 274, 275, 276} & {index for members in CATEGORIES.values() for index in members}
+    assert {151 + 1, 268} <= set(CATEGORIES["dog"]) and {281, 285} <= set(CATEGORIES["cat"])
+
+
+def test_a_category_has_the_mean_probability_of_its_members() -> None:
+    """And not their sum, by which 109 kinds of dogs would win."""
+    probabilities = torch.zeros(3, 1000)
+    probabilities[0, CATEGORIES["dog"]] = 0.5 / 109
+    probabilities[0, 404] = 0.01  # the airplane
+    probabilities[1, [385, 386]] = torch.tensor([0.3, 0.0])  # 0.15 for the elephant
+    probabilities[1, 499] = 0.14  # the knife
+    probabilities[2, 0] = 0.99  # a tench takes no part
+    probabilities[2, 766] = 0.001  # the oven
+    assert answers(probabilities) == ["airplane", "elephant", "oven"]
+
+
+def test_counts_and_bias_by_hand() -> None:
+    decisions = [
+        Decision("a", "cat", "dog", "cat"), Decision("b", "cat", "dog", "cat"), Decision("c", "cat", "dog", "dog"),
+        Decision("d", "cat", "bear", "oven"), Decision("e", "bear", "cat", "cat"),
+        Decision("f", "cat", "cat", "cat"), Decision("g", "bear", "bear", "bear"),  # the same cue twice
+    ]  # fmt: skip
+    counts = by_category(decisions)
+    assert counts == {"bear": Count(0, 1, 0), "cat": Count(2, 1, 1)}
+    assert counts["cat"].bias == pytest.approx(200 / 3) and counts["cat"].either == 75
+    # Pooled counts: the mean of 0 % and 66.7 % would be 33.3 %.
+    assert total(counts) == Count(2, 2, 1) and total(counts).bias == 50
+    assert Count(0, 0, 3).bias is None and Count(0, 0, 3).either == 0
+
+
+def published(path: Path) -> None:
+    """As the published files are: by subject, with all 1280 trials of one."""
+    names = list(CATEGORIES)
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["subj", "session", "trial", "rt", "object_response", "category", "condition", "imagename"])
+        for i in range(1280):
+            shape, texture = names[i // 80], names[i // 5 % 16]
+            answer = shape if i % 5 < 2 else texture if i % 5 == 2 else "na"
+            table.writerow(["subject-01", 1, i + 1, 0.5, answer, shape, "cr", f"{shape}{i % 10 + 1}-{texture}3.png"])
+
+
+def test_published_decisions_are_read_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    published(tmp_path / "human.csv")
+    decisions = read_decisions(tmp_path / "human.csv")["subject-01"]
+    assert len(decisions) == 1280
+    counts = by_category(decisions)
+    assert len(counts) == 16 and set(counts.values()) == {Count(30, 15, 30)}  # 75 of each category count
+    assert sum(total(counts)) == 1200 and total(counts).bias == pytest.approx(200 / 3)
+    assert main(["--decisions", str(tmp_path / "human.csv"), "--figure", str(tmp_path / "bias.png")]) == 0
+    assert "66.7" in capsys.readouterr().out and (tmp_path / "bias.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def shapes(command: Callable) -> Path:
+    outcome = command("fit", "--run_name", "both", "--data.source.label", "both", "--data.source.train", "256",
+                      "--data.image_size", "8", config=ROOT / "supervised/configs/shapes.yaml")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    return Path("runs/supervised/both")
+
+
+def test_a_model_of_shapes_sees_those_whose_cues_disagree(shapes: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(shapes), "--csv", "own.csv"]) == 0
+    printed = capsys.readouterr().out
+    own = read_decisions(Path("own.csv"))["both"]
+    assert len(own) == 1120 and all(decision.shape != decision.texture for decision in own)
+    assert len({(decision.shape, decision.texture) for decision in own}) == 56
+    assert main(["--decisions", "own.csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] in printed  # what was written counts as what was seen
+
+
+def test_an_imagenet_model_is_asked_about_files(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    """Of a model that always sees the class 281, a cat: it goes by shape where that is a cat, else by texture."""
+    for wnid in range(1000):
+        folder = Path(f"data/images/n{wnid:08}")
+        folder.mkdir(parents=True)
+        for i in range(3):
+            write_png(torch.full((3, 8, 8), (wnid + i) % 256, dtype=torch.uint8), str(folder / f"{i}.png"))
+    outcome = command("fit", "--run_name", "imagenet", "--data.image_size", "8", "--trainer.max_epochs", "1",
+                      "--model.optim.warmup_epochs", "0", "--trainer.limit_train_batches", "1", "--data.augment", "{}",
+                      config=ROOT / "supervised/configs/image_folder.yaml")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    checkpoint = Path("runs/supervised/imagenet/checkpoints/last.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    for weights in [content["state_dict"]] + ([content["ema"]["state_dict"]] if "ema" in content else []):
+        for name in weights:
+            if name.endswith("head.bias"):
+                weights[name] = 50.0 * torch.nn.functional.one_hot(torch.tensor(281), 1000).float()
+            elif name.endswith("head.weight"):
+                weights[name].zero_()
+    torch.save(content, checkpoint)
+    for pair in ("cat1-dog2", "cat2-oven1", "dog1-cat1", "bear1-truck9", "cat3-cat4"):
+        Path("stimuli", pair.split("-")[0][:-1]).mkdir(parents=True, exist_ok=True)
+        write_png(torch.zeros(3, 20, 20, dtype=torch.uint8), f"stimuli/{pair.split('-')[0][:-1]}/{pair}.png")
+    assert main(["runs/supervised/imagenet", "--stimuli", "stimuli"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["imagenet", "all", "2", "1", "1", "66.7", "75.0"]
+    write_png(torch.zeros(3, 20, 20, dtype=torch.uint8), "stimuli/cow1-dog1.png")
+    with pytest.raises(InputError, match="stimuli/cow1-dog1.png is not named SHAPE1-TEXTURE2.png"):
+        main(["runs/supervised/imagenet", "--stimuli", "stimuli"])
+
+
+def test_what_cannot_be_asked_is_refused(shapes: Path, command: Callable) -> None:
+    assert command("fit", "--run_name", "digits").code == 0
+    for words, message in [
+        ([], "name a run of a classifier, or --decisions"),
+        (["runs/supervised/digits"], "has 10 classes; the categories are made of ImageNet's 1000"),
+        (["nowhere"], "RUN_FOLDER: nowhere is no run folder"),
+        ([str(shapes), "--figure", "a.txt"], "name a file that ends in"),
+        ([str(shapes), str(shapes), "--csv", "a.csv"], "holds the decisions of one run"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            main(words)
+    config = yaml.safe_load((shapes / "config.yaml").read_text())
+    config["data"]["init_args"]["source"]["init_args"]["label"] = "shape"
+    (shapes / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="trained on shapes by shape, which decides beforehand"):
+        main([str(shapes)])
+    Path("a.csv").write_text("subj,trial\n1,2\n")
+    with pytest.raises(InputError, match="a.csv lacks the columns category"):
+        main(["--decisions", "a.csv"])
