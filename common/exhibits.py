@@ -300,9 +300,9 @@ def _drawing(path: Path, given: str, where: str) -> tuple[str, ...]:
         raise InputError(f"{where}: {given}: {error}") from error
     if not words:
         raise InputError(f"{where}: {given!r} names no module, such as diffusion.side_by_side")
-    module = Path(os.path.relpath(path.parent / ".." / f"{words[0].replace('.', '/')}.py"))
-    if not module.is_file():
-        raise InputError(f"{where}: {words[0]} is no module; there is no file {module}")
+    module = Path(os.path.relpath(path.parent / ".." / words[0].replace(".", "/")))
+    if not module.with_suffix(".py").is_file() and not (module / "__main__.py").is_file():
+        raise InputError(f"{where}: {words[0]} is no module; there is no file {module.with_suffix('.py')}")
     return tuple(words)
 
 

@@ -19,7 +19,7 @@ from common.runs import changed_source
 from common.runs import trained as trained_as
 
 ROOT = Path(__file__).parent.parent
-IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9")
+IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9", "F6", "F7", "F8", "App-D")
 MAE_IDS = ("T4a", "T4b")
 DIFFUSION_IDS = ("T5", "T6", "F3")
 LOCALITY_IDS = ("F4", "F5-left", "F5-right", "PE", "T7", "T8", "T9", "scope", "shuffle")
