@@ -124,7 +124,7 @@ class GlobalBatchData(L.LightningDataModule):
     def _divide(self) -> None:
         """Derives the micro-batch and the number of micro-batches in a step from the global batch and the devices."""
         trainer, module = self.trainer, self.trainer.lightning_module
-        ranks = trainer.world_size
+        _, ranks = self._rank
         self.global_batch = min(self.batch_size, len(self.sets["train"]))
         if self.global_batch % ranks:
             below = self.global_batch // ranks * ranks
@@ -132,7 +132,7 @@ class GlobalBatchData(L.LightningDataModule):
             raise InputError(f"data.batch_size: {self.global_batch} images do not divide over {ranks} devices; "
                              f"{' or '.join(map(str, near)) or 'no batch of so few training images'} would")
         per_device = self.global_batch // ranks
-        most = module.images_that_fit(self) if self.batch_per_device == "auto" else self.batch_per_device
+        most = self._most(module.images_that_fit(self)) if self.batch_per_device == "auto" else self.batch_per_device
         if module.whole_batch and per_device > most:
             raise InputError(f"data.batch_size: the loss is no mean over images and needs the {per_device} images of a "
                              f"device at once, but it holds {most}; use at most {most * ranks}, more devices, or "
@@ -153,10 +153,20 @@ class GlobalBatchData(L.LightningDataModule):
         # Whole steps: Lightning would take one more, with the micro-batches that are left.
         trainer.limit_train_batches = self._batches_per_epoch = self.steps_per_epoch * trainer.accumulate_grad_batches
 
+    def _most(self, images: int) -> int:
+        """The least of what fits on any device: all of them must divide the batch alike."""
+        strategy = self.trainer.strategy
+        return int(strategy.reduce(torch.tensor(images, device=strategy.root_device), reduce_op="min"))
+
+    @property
+    def _rank(self) -> tuple[int, int]:
+        """Which part of the images this device has, and of how many: those that share their images have the same."""
+        shares = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return shares["rank"], shares["num_replicas"]
+
     def _order(self) -> TrainOrder:
-        trainer = self.trainer
-        return TrainOrder(len(self.sets["train"]), self.global_batch, self.micro_batch, trainer.seed, self._position,
-                          trainer.global_rank, trainer.world_size)
+        return TrainOrder(len(self.sets["train"]), self.global_batch, self.micro_batch, self.trainer.seed,
+                          self._position, *self._rank)
 
     def _position(self) -> tuple[int, int]:
         # `processed`, not `current_epoch`: a checkpoint from the end of an epoch has not counted it as completed.
@@ -177,8 +187,7 @@ class GlobalBatchData(L.LightningDataModule):
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        trainer = self.trainer
-        order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, trainer.global_rank, trainer.world_size)
+        order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, *self._rank)
         return self.loader(split, order)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

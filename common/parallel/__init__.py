@@ -3,4 +3,5 @@
 Strategies of Lightning's Trainer, chosen with `--trainer.strategy NAME`:
 
 - `ddp`, the default for many devices: each has the whole model and its part of the global batch.
+- `sequence`, for images of very many tokens: devices share the images and divide the tokens.
 """

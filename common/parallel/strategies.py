@@ -5,9 +5,10 @@ from __future__ import annotations
 from lightning.pytorch.strategies import StrategyRegistry
 
 from common.parallel.replicas import ReplicasStrategy
+from common.parallel.sequence import SequenceStrategy
 
 
 def register() -> None:
     """Makes Lightning's registry answer to them. `ddp` is also what it takes for several devices of itself."""
-    for name, strategy in {"ddp": ReplicasStrategy}.items():
+    for name, strategy in {"ddp": ReplicasStrategy, "sequence": SequenceStrategy}.items():
         StrategyRegistry.register(name, strategy, description=strategy.__doc__, override=True)

@@ -90,12 +90,18 @@ def test_evaluation_sees_every_image_once_without_padding(images, batch, ranks):
 # From the global batch to micro-batches
 
 
+def trainer_of(module: SimpleNamespace, ranks: int = 1, limit: float = 1.0) -> SimpleNamespace:
+    """What a datamodule asks of the Trainer, on the first of the ranks."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda tensor, reduce_op: tensor)
+    return SimpleNamespace(distributed_sampler_kwargs={"rank": 0, "num_replicas": ranks}, seed=0, strategy=strategy,
+                           lightning_module=module, limit_train_batches=limit)
+
+
 def divided(images: int, batch_size: int, batch_per_device: int | str, ranks=1, fit=1, limit=1.0) -> GlobalBatchData:
     data = GlobalBatchData(batch_size, batch_per_device)
     data.sets = {"train": torch.zeros(images), "val": torch.zeros(1)}
     module = SimpleNamespace(images_that_fit=lambda _: fit, whole_batch=False)
-    data.trainer = SimpleNamespace(world_size=ranks, global_rank=0, seed=0, lightning_module=module,
-                                   limit_train_batches=limit)
+    data.trainer = trainer_of(module, ranks, limit)
     data.setup("fit")
     return data
 
@@ -130,8 +136,7 @@ def test_a_loss_over_the_whole_batch_is_not_divided():
     data = GlobalBatchData(8, 4)
     data.sets = {"train": torch.zeros(100), "val": torch.zeros(1)}
     module = SimpleNamespace(images_that_fit=lambda _: 8, whole_batch=True)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, seed=0, lightning_module=module,
-                                   limit_train_batches=1.0)
+    data.trainer = trainer_of(module)
     with pytest.raises(InputError, match="data.batch_size: .* needs the 8 images .* but it holds 4"):
         data.setup("fit")
     data.batch_per_device = "auto"
