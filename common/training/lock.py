@@ -46,8 +46,8 @@ class RunLock:
             InputError: another process trains in it.
         """
         self._made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
         while self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)  # its last holder may have removed it in between
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             if _locked(file):
                 if _is(file, self.path):
@@ -59,8 +59,9 @@ class RunLock:
             holder = _read(file)
             os.close(file)
             if holder.get("job") is None or holder["job"] != os.environ.get("SLURM_JOB_ID"):
-                raise InputError(f"{self.folder}: process {holder.get('process')} on {holder.get('host')} is training "
-                                 "in this folder; wait for it or stop it, or choose another --run_name")
+                who = f"process {holder['process']} on {holder['host']}" if holder else "another process"
+                raise InputError(f"{self.folder}: {who} is training in this folder; wait for it or stop it, or choose "
+                                 "another --run_name")
             self._replace()
 
     def _replace(self) -> None:
@@ -75,10 +76,12 @@ class RunLock:
         """To be called before anything is written that cannot be taken back.
 
         Raises:
-            LostRunFolder: the folder was taken over.
+            LostRunFolder: the folder was taken over, by one that is at work there, or has ended.
         """
-        if self._file is not None and self.path.exists() and not _is(self._file, self.path):
-            raise LostRunFolder(f"{self.folder}: a later start of this job has taken the folder over; leaving it alone")
+        if self._file is not None and not _is(self._file, self.path):
+            how = "" if self.path.exists() else f", or {NAME} was removed"
+            raise LostRunFolder(f"{self.folder}: a later start of this job has taken the folder over{how}; leaving it "
+                                "alone")
 
     def release(self) -> None:
         """Gives the folder back, and removes what was made for it where there is nothing in it."""

@@ -70,6 +70,7 @@ class Requeue(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch + 1 < trainer.max_epochs and self._agreed():
+            _checkpoints(trainer).on_train_epoch_end(trainer, module)  # whose turn would come: best.ckpt, a milestone
             self._leave(trainer, module)
 
     def _compare_steps(self, step: int) -> None:
@@ -92,7 +93,7 @@ class Requeue(Checkpoint):
         return bool(before[1])
 
     def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        next(c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)).save(trainer, module)
+        _checkpoints(trainer).save(trainer, module)
         if trainer.is_global_zero:
             name = self.received.name if self.received else "a signal on another rank"
             print(f"stopped after {name} at step {trainer.global_step}, all is saved; {requeue()}", flush=True)
@@ -100,11 +101,18 @@ class Requeue(Checkpoint):
         raise SystemExit(STOPPED)
 
 
+def _checkpoints(trainer: L.Trainer) -> Checkpoints:
+    return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
+
+
 def _signal(name: str) -> signal.Signals:
     try:
-        return signal.Signals[name if name.startswith("SIG") else f"SIG{name}"]
+        found = signal.Signals[name if name.startswith("SIG") else f"SIG{name}"]
     except KeyError:
         raise InputError(f"--requeue_signal: {name} is no signal; give one such as SIGUSR1 or SIGUSR2") from None
+    if found in (signal.SIGKILL, signal.SIGSTOP):
+        raise InputError(f"--requeue_signal: {name} cannot be caught; give one such as SIGUSR1 or SIGUSR2")
+    return found
 
 
 def requeue() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import sys
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+
+from common.errors import InputError
 
 HUNG = 134  # as after SIGABRT: batch scripts take it for a killed process, and try again
 
@@ -25,9 +28,12 @@ class Watchdog(L.Callback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+        if not seconds >= 0:  # NaN neither
+            raise InputError(f"--hang_timeout: {seconds:g} is no time; give seconds, or 0 to watch nothing")
+        self.seconds, self._between = seconds, min(seconds / 4, 5)  # two looks at the clock
         self._last = time.monotonic()
         self._over = threading.Event()
+        self._ending = threading.Lock()  # never to be released
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._last = time.monotonic()
@@ -43,11 +49,13 @@ class Watchdog(L.Callback):
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._over.set()
 
-    on_exception = teardown
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        with self._ending:  # as a rank whose peer has ended before it: it must leave with the same code
+            self._over.set()
 
     def _watch(self, trainer: L.Trainer) -> None:
-        while not self._over.wait(min(self.seconds / 4, 5)):
-            if time.monotonic() - self._last > self.seconds:
+        while not self._over.wait(self._between):
+            if time.monotonic() - self._last > self.seconds and self._ending.acquire(blocking=False):
                 self._end(trainer)
 
     def _end(self, trainer: L.Trainer) -> None:
@@ -58,4 +66,9 @@ class Watchdog(L.Callback):
         print(f"failed: rank {trainer.global_rank} has had no batch for {self.seconds:g} s at step "
               f"{trainer.global_step}, stacks -> {path}; the last checkpoint is kept, and the same command goes on "
               "(--hang_timeout gives it longer)", file=sys.stderr, flush=True)
+        if trainer.world_size > 1:
+            # The others must have looked too, before they miss this one; and a launcher that misses another is killed.
+            time.sleep((4 if trainer.local_rank else 2) * self._between)
+        for loader in multiprocessing.active_children():
+            loader.kill()  # it may hang itself, and would outlive this process, with its output
         os._exit(HUNG)  # nothing less ends a thread that waits in a collective

@@ -109,6 +109,23 @@ def test_waiting_for_data_is_measured_and_said_once(train: Callable, scalars: Ca
     assert all("for 50% of the time (train/data_wait); data.workers: 0" in line for line in said)
 
 
+@pytest.mark.parametrize("clip", [[], ["--trainer.gradient_clip_val", "0.01"]])
+def test_the_gradients_norm_is_that_before_clipping(command: Callable, at: Callable, scalars: Callable, tmp_path, clip):
+    """Of the step's whole batch, which comes in four micro-batches."""
+    before, after = [], []
+
+    def norm(module: Classification) -> float:
+        return sum(p.grad.double().square().sum().item() for p in module.parameters() if p.grad is not None) ** 0.5
+
+    at("on_before_optimizer_step", lambda module, optimizer: before.append(norm(module)))
+    at("on_before_zero_grad", lambda module, optimizer: after.append(norm(module)))
+    options = ["--data.batch_per_device", "32", "--trainer.log_every_n_steps", "2", *clip]
+    assert command("fit", "--run_name", "run", *options).code == 0
+    found = scalars(tmp_path / "runs/supervised/run")["train/grad_norm"]
+    assert found == [(step, pytest.approx(before[step - 1], rel=1e-5)) for step in range(2, 19, 2)]
+    assert min(before) > 0.01 and (max(after) < 0.0101) == bool(clip)
+
+
 class Poison(L.Callback):
     """Makes a weight not a number after a given step, as a diverged optimiser does."""
 

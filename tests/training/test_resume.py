@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from processes import assert_identical, tensors, written
 
 # Everything that has a state or draws random numbers: EMA, drop path, augmentation, mixup, masks, micro-batches, noise,
 # label dropout, a discriminator (from step 1 on, felt from step 3 on) with batch norm, counts of a codebook.
@@ -58,31 +58,9 @@ def finish(runs: Path, *more: str, config: str = SUPERVISED) -> Path:
     return checkpoints_of(runs, config)
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(path, weights_only=True)
-    states = {f"{k}.{name}": v for k, s in checkpoint["optimizer_states"][0]["state"].items() for name, v in s.items()}
-    return {**checkpoint["state_dict"], **{f"ema.{k}": v for k, v in checkpoint["ema"]["state_dict"].items()}, **states}
-
-
-def assert_identical(one: Path, other: Path) -> None:
-    """The last checkpoint and the one before, which was written in mid-epoch."""
-    for name in ("last.ckpt", "previous.ckpt"):
-        ours, theirs = tensors(one / name), tensors(other / name)
-        assert ours.keys() == theirs.keys()
-        different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
-        assert not different, (name, different)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(tmp_path_factory.mktemp("undisturbed"))
-
-
-def written(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def kill_and_finish(runs: Path, seed: int, kills: int, workers: int, config: str = SUPERVISED) -> Path:
