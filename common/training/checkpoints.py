@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from common.errors import InputError
 
@@ -113,7 +114,8 @@ class Checkpoints(Checkpoint):
             return
         self._saved = trainer.global_step
         # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
-        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(all(part.isfinite().all() for part in parts), all=True):
             raise FloatingPointError(f"weights are not finite at step {trainer.global_step}; the last checkpoint is "
                                      "kept. Try a lower model.optim.lr, or a longer warm-up")
         if trainer.is_global_zero:

@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA(L.Callback):
@@ -36,10 +37,10 @@ class EMA(L.Callback):
             return
         self.last_step = trainer.global_step
         if self.net is None:
-            self.net = _average_of(module.net)
+            self.net = _average_of(module, trainer)
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-            torch._foreach_lerp_(_floats(self.net), [v.float() for v in _floats(module.net)], 1 - decay)
+            torch._foreach_lerp_(_floats(self.net), [_whole(v).float() for v in _floats(module.net)], 1 - decay)
         self.updates += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -48,13 +49,22 @@ class EMA(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if "ema" in checkpoint:
-            self.net = _average_of(module.net).to(trainer.strategy.root_device)
+            self.net = _average_of(module, trainer).to(trainer.strategy.root_device)
             self.net.load_state_dict(checkpoint["ema"]["state_dict"])
             self.updates = checkpoint["ema"]["updates"]
 
 
-def _average_of(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).float().requires_grad_(False).eval()
+def _average_of(module: L.LightningModule, trainer: L.Trainer) -> nn.Module:
+    sharded = {name: value for name, value in module.net.state_dict().items() if isinstance(value, DTensor)}
+    if not sharded:
+        return copy.deepcopy(module.net).float().requires_grad_(False).eval()
+    net = module.build(trainer.datamodule).to(trainer.strategy.root_device)  # a sharded net refuses to be copied
+    net.load_state_dict({name: _whole(value) for name, value in module.net.state_dict().items()})
+    return net.float().requires_grad_(False).eval()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _floats(net: nn.Module) -> list[torch.Tensor]:
