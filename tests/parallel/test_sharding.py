@@ -96,7 +96,8 @@ def test_other_studies(tmp_path: Path, scalars: Callable, study: str, recipe: li
     one, two = (scalars(tmp_path / study / name) for name in ("one", "two"))
     for tag in ("train/loss", "train/grad_norm", "val/loss"):
         assert [step for step, _ in one[tag]] == [step for step, _ in two[tag]]
-        assert [value for _, value in two[tag]] == pytest.approx([value for _, value in one[tag]], rel=1e-4, nan_ok=True)
+        values = [value for _, value in one[tag]]
+        assert [value for _, value in two[tag]] == pytest.approx(values, rel=1e-4, nan_ok=True)
 
 
 def held(rank: int, folder: str) -> None:
