@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from common.benchmark.memory import kept_bytes
 from common.model import VisionTransformer
 from common.parallel.sequence import spread
 from diffusion.dit import DiT
@@ -101,6 +102,32 @@ def test_outputs_and_gradients_are_those_of_one_process(parts: tuple[Path, int],
     for file in files:
         for ours, theirs in zip(torch.load(file), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def kept(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(kept_by(dist.group.WORLD), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def kept_by(group: object = None) -> tuple[int, int]:
+    """Bytes that an image of 256 tokens keeps for its backward, without and with recomputed blocks."""
+    found = []
+    for recomputed in (0, 4):
+        net = VisionTransformer(16, 1, classes=10, width=96, depth=4, heads=4, checkpoint_blocks=recomputed)
+        if group is not None:
+            spread(net, group)
+        found.append(kept_bytes(lambda net=net: net(random(1, 3, 16, 16)), net.parameters()))
+    return tuple(found)
+
+
+def test_a_device_keeps_the_activations_of_its_tokens_alone(tmp_path: Path) -> None:
+    mp.start_processes(kept, (str(tmp_path),), nprocs=2, start_method="fork")
+    whole = kept_by()
+    for rank in range(2):
+        part = torch.load(tmp_path / f"{rank}.pt")
+        assert part[0] < 0.56 * whole[0] and part[1] < 0.8 * whole[1]  # the embedding and the joined tokens are whole
 
 
 def command(runs: Path, name: str, *more: object) -> subprocess.CompletedProcess:
