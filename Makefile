@@ -21,7 +21,7 @@ demo: setup  ## train ViT/1 and ViT/2 on handwritten digits, intact and shuffled
 test: setup lint  ## run the test suite (at most 20 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not soak"
 
-soak: setup  ## run the long fault tests, one at a time: some take most of 24 GB (10 minutes)
+soak: setup  ## run the long fault tests, one at a time: some take most of 24 GB (35 minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak
 
 lint: setup  ## check the code with ruff

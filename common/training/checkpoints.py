@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
 from common.errors import InputError
+from common.training.curves import Curves
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -116,8 +117,12 @@ class Checkpoints(Checkpoint):
         # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
         parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
         if not trainer.strategy.reduce_boolean_decision(all(part.isfinite().all() for part in parts), all=True):
-            raise FloatingPointError(f"weights are not finite at step {trainer.global_step}; the last checkpoint is "
-                                     "kept. Try a lower model.optim.lr, or a longer warm-up")
+            curves = next((callback for callback in trainer.callbacks if isinstance(callback, Curves)), None)
+            first = curves and curves.refuse_nonfinite and curves.first_nonfinite(trainer)
+            since = f"train/loss is not finite since step {first}, and " if first else ""
+            raise FloatingPointError(f"{since}weights are not finite at step {trainer.global_step}; the last "
+                                     "checkpoint is kept. Try a lower model.optim.lr, a longer warm-up, or --nonfinite "
+                                     "skip")
         if trainer.is_global_zero:
             trainer.logger.experiment.flush()  # the curves up to this step must survive with it
         trainer.save_checkpoint(folder_of(trainer) / LAST, weights_only=False)
@@ -133,7 +138,11 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)  # no second copy on the disk
     except OSError:
-        shutil.copyfile(source, temporary)
+        try:
+            shutil.copyfile(source, temporary)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise
     os.replace(temporary, target)
 
 

@@ -86,9 +86,9 @@ class Curves(L.Callback):
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule, scalars: dict[str, float]) -> None:
         step, norm = trainer.global_step, float(self._grad_norm)
-        losses, self._losses = self._losses, []
         if self.refuse_nonfinite and not (math.isfinite(scalars["loss"]) and math.isfinite(norm)):
-            self._refuse(trainer, losses, scalars["loss"], norm)
+            self._refuse(trainer, scalars["loss"], norm)
+        self._losses = []
         seconds = max(self.clock() - self._started, 1e-9)
         images_per_second = self._steps * trainer.datamodule.global_batch / seconds
         self.values = {
@@ -105,9 +105,16 @@ class Curves(L.Callback):
         trainer.logger.log_metrics(self.values, step=step)
         self._restart_clock()
 
-    def _refuse(self, trainer: L.Trainer, losses: list[torch.Tensor], loss: float, norm: float) -> None:
-        sound = trainer.strategy.reduce(torch.stack(losses).isfinite().float(), reduce_op="sum") == trainer.world_size
-        first = trainer.global_step - len(losses) + 1 + sound.tolist().index(False) if not sound.all() else None
+    def first_nonfinite(self, trainer: L.Trainer) -> int | None:
+        """The first step since the last point whose loss was not finite, on any rank. To be asked by all of them."""
+        if not self._losses:
+            return None
+        finite = torch.stack(self._losses).isfinite().float()
+        sound = (trainer.strategy.reduce(finite, reduce_op="sum") == trainer.world_size).tolist()
+        return None if all(sound) else trainer.global_step - len(sound) + 1 + sound.index(False)
+
+    def _refuse(self, trainer: L.Trainer, loss: float, norm: float) -> None:
+        first = self.first_nonfinite(trainer)
         what = f"train/loss is {loss}, for the first time at step {first}" if first else (
             f"train/grad_norm is {norm} at step {trainer.global_step}")
         raise FloatingPointError(f"{what}; the last checkpoint is kept. Try a lower model.optim.lr, a longer warm-up, "

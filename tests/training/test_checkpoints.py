@@ -1,13 +1,18 @@
 """Nothing that was saved is lost: atomic writing, falling back, refusing what is no checkpoint."""
 
+import json
 import os
 import pickle
+import resource
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import assert_identical, leftovers
 
 from common.errors import InputError
 from common.training import checkpoints
@@ -93,6 +98,24 @@ def test_best_is_another_name_or_a_copy_of_last(folder: Path, monkeypatch: pytes
     AtomicCheckpointIO().save_checkpoint(content(3.0), folder / "last.ckpt")
     assert (value(folder / "last.ckpt"), value(folder / "best.ckpt")) == (3.0, 2.0)
     assert files(folder) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+
+
+def test_a_copy_that_fails_leaves_the_best_there_was(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where there are no links, on a disk that is full."""
+
+    def link(*_) -> None:
+        raise OSError("no hard links on this file system")
+
+    def copyfile(source: Path, target: Path) -> None:
+        target.write_bytes(bytes(100))
+        raise OSError(28, "No space left on device")
+
+    checkpoints._link(folder / "previous.ckpt", folder / "best.ckpt")
+    monkeypatch.setattr(checkpoints.os, "link", link)
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", copyfile)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints._link(folder / "last.ckpt", folder / "best.ckpt")
+    assert files(folder) == ["best.ckpt", "last.ckpt", "previous.ckpt"] and value(folder / "best.ckpt") == 1.0
 
 
 # Reading
@@ -258,3 +281,96 @@ def test_the_last_epoch_is_validated_whatever_the_rhythm(train: Callable, scalar
 def test_a_rhythm_that_is_none_is_named(options):
     with pytest.raises(InputError, match=f"checkpoint.{next(iter(options))}"):
         Checkpoints(**options)
+
+
+# Faults of a whole run: what is lost are the steps since the checkpoint before
+
+RUN = ["--run_name", "run", "--model.optim.ema", "0.9", "--checkpoint.every_n_steps", "4"]
+
+
+@pytest.fixture
+def stopped(command: Callable, at: Callable, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A run that has left after step 14 of 18, and the checkpoints of one that has not: last.ckpt is of step 14,
+    previous.ckpt of 12, best.ckpt of 9.
+    """
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    assert command("fit", *RUN, "--runs", undisturbed).code == 0
+    at("on_train_batch_start", lambda m, *_: m.trainer.global_step == 13 and os.kill(os.getpid(), signal.SIGTERM))
+    assert command("fit", *RUN).code == 75
+    at("on_train_batch_start", lambda *_: None)
+    folder = tmp_path / "runs/supervised/run/checkpoints"
+    assert saved_steps(folder) == {"last.ckpt": 14, "previous.ckpt": 12, "best.ckpt": 9}
+    return folder, undisturbed / "supervised/run/checkpoints"
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut_at(share: float) -> Callable[[Path], None]:
+    def cut(path: Path) -> None:
+        os.truncate(path, int(path.stat().st_size * share))
+
+    return cut
+
+
+def zeroed_in_the_middle(path: Path) -> None:
+    """As after a crash of the machine: the length is right, and a block was never written."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(4096))
+
+
+def of_another(path: Path) -> None:
+    torch.save({"model": {"head.bias": torch.zeros(3)}, "optimizer": {}}, path)
+
+
+TEN = [emptied, zeroed, zeroed_in_the_middle, of_another, text, *map(cut_at, (0.001, 0.13, 0.5, 0.87, 0.9999))]
+
+
+def test_ten_damaged_checkpoints_cost_the_steps_since_the_one_before(
+    command: Callable, stopped: tuple[Path, Path], scalars: Callable
+) -> None:
+    folder, undisturbed = stopped
+    saved = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
+    for harm in TEN:
+        shutil.rmtree(folder.parent)
+        folder.mkdir(parents=True)
+        for path, data in saved.items():
+            path.write_bytes(data)
+        harm(folder / "last.ckpt")
+        with pytest.warns(UserWarning, match="last.ckpt cannot be read .*falling back"):
+            assert command("fit", *RUN).code == 0
+        assert_identical(folder, undisturbed)
+        assert [step for step, _ in scalars(folder.parent)["train/loss"]] == [10]  # log_every_n_steps of the config
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_where_all_are_damaged_a_run_is_refused_and_left(command: Callable, stopped: tuple[Path, Path]) -> None:
+    folder, _ = stopped
+    for path, harm in zip(sorted(folder.iterdir()), (cut_at(0.5), zeroed, emptied), strict=True):
+        harm(path)
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
+    outcome = command("fit", *RUN)
+    assert outcome.code == 2
+    assert "runs/supervised/run/checkpoints: no checkpoint of 3 can be read" in outcome.err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
+    assert command("fit", *RUN, "--overwrite").code == 0
+
+
+def test_a_full_disk(command: Callable, start: Callable, stopped: tuple[Path, Path]) -> None:
+    """No file may have more than 64 kB, which a checkpoint has: no half of one stays, nor is the old one lost."""
+    folder, undisturbed = stopped
+    assert (folder / "last.ckpt").stat().st_size > 65536
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    process = start("fit", *RUN, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1] == (
+        "failed: OSError: runs/supervised/run/checkpoints/last.ckpt could not be written ([Errno 27] File too large); "
+        "what was saved before is intact. Make room, and the same command goes on (--debug shows where)"), output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert json.loads((folder.parent / "results.json").read_text())["status"] == "failed"
+    assert not leftovers(folder.parent)
+    assert command("fit", *RUN).code == 0
+    assert_identical(folder, undisturbed)

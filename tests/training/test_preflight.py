@@ -80,7 +80,7 @@ NO_PLAN = {name: value for name, value in JOB.items() if name != "SLURM_NTASKS_P
 
 
 @pytest.mark.parametrize("variables, devices, part", [
-    (STEP, "1", "trainer.num_nodes: 1, trainer.devices: 1: Slurm has started 8 tasks on 2 nodes; give --trainer.num_no"),
+    (STEP, "1", "trainer.num_nodes: 1, trainer.devices: 1: Slurm has started 8 tasks on 2 nodes; give --trainer.num_"),
     (JOB, "4", "start the command with srun"),
     (NO_PLAN, "4", "SLURM_NTASKS: 8 tasks, and Slurm was not told how many on a node"),
 ])  # fmt: skip

@@ -1,5 +1,7 @@
 """A run killed at any moment and started again ends with the weights of an undisturbed run, bit for bit."""
 
+import json
+import multiprocessing
 import os
 import random
 import re
@@ -11,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import assert_identical, tensors, written
+from processes import assert_identical, leftovers, tensors, written
+
+from common.training.checkpoints import read
 
 # Everything that has a state or draws random numbers: EMA, drop path, augmentation, mixup, masks, micro-batches, noise,
 # label dropout, a discriminator (from step 1 on, felt from step 3 on) with batch norm, counts of a codebook.
@@ -97,6 +101,34 @@ def test_the_other_studies_end_bit_identical_too(tmp_path: Path, config: str, ki
     assert len(starts) == kills + 1  # it was not over when it was killed
     counts = tensors(killed / "previous.ckpt").get("code_counts")
     assert (counts is not None and counts.sum() > 0) == (config == AUTOENCODER)  # of the epoch so far
+
+
+def test_a_killed_loader_process_ends_the_run_and_costs_no_step(
+    command: Callable, at: Callable, scalars: Callable, tmp_path: Path
+) -> None:
+    """As the system does where memory is short."""
+    options = [*COMMON, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"]
+    killed = []
+
+    def kill(module, *_: object) -> None:
+        if module.trainer.global_step == 13 and not killed:
+            killed.append(multiprocessing.active_children()[0])
+            killed[0].kill()
+
+    at("on_train_batch_start", kill)
+    outcome = command("fit", *options, "--data.workers", "2")
+    assert outcome.code == 1
+    assert f"DataLoader worker (pid {killed[0].pid}) is killed by signal: Killed" in outcome.err.splitlines()[-1] or (
+        f"DataLoader worker (pid(s) {killed[0].pid}) exited unexpectedly" in outcome.err.splitlines()[-1]), outcome
+    folder = tmp_path / "runs/supervised/run"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "failed" and "DataLoader worker" in results["error"]
+    assert 12 <= read(folder / "checkpoints/last.ckpt")["global_step"] <= 26 and not leftovers(folder)
+
+    assert command("fit", *options, "--data.workers", "1").code == 0
+    assert command("fit", *options, "--runs", "whole").code == 0
+    assert_identical(tmp_path / "whole/supervised/run/checkpoints", folder / "checkpoints")
+    assert [step for step, _ in scalars(folder)["train/loss"]] == list(range(1, 28))
 
 
 @pytest.mark.soak
