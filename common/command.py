@@ -50,9 +50,11 @@ def _mistake(error: BaseException | None) -> InputError | None:
     """The user's mistake behind an error: parsers and loader processes wrap it, a file's name tells it."""
     if isinstance(error, _PLACES) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
-    while error is not None:
+    seen: list[BaseException] = []  # a chain may bite its tail: a writer's thread raises one error again and again
+    while error is not None and error not in seen:
         if isinstance(error, InputError):
             return error
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return None
 
