@@ -264,7 +264,7 @@ class StudyCLI(LightningCLI):
                              f"{type(self.model).__name__}, which takes {self.model.data_class.__name__}")
         skip = self.options.nonfinite == "skip"
         curves = Curves(refuse_nonfinite=not skip)
-        folder = run.RunFolder(self.study, self.folder, self.resolved, curves, self.options.overwrite)
+        folder = run.RunFolder(self.study, self.folder, self.resolved, curves, self.options.overwrite, self.lock.check)
         callbacks = [Progress(curves), curves, folder, Watchdog(self.options.hang_timeout)]
         if self.subcommand == "fit":
             callbacks += [SkipNonFinite()] * skip + [self._requeue()]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,14 @@ class RunFolder(L.Callback):
         config: the resolved config, as it will be replayed.
         curves: whose last values go into the results.
         overwrite: discard what an earlier run left, as soon as training starts.
+        check: called before results are written in training; raises where the folder is another's by now.
     """
 
     def __init__(
-        self, study: str, folder: Path, config: dict[str, Any], curves: Curves, overwrite: bool = False
-    ) -> None:
-        self.overwrite = overwrite
+        self, study: str, folder: Path, config: dict[str, Any], curves: Curves, overwrite: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.overwrite, self.check = overwrite, check
         self.study, self.folder, self.config, self.curves = study, folder, config, curves
         self.results: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
@@ -280,11 +283,12 @@ class RunFolder(L.Callback):
     def _write(self, trainer: L.Trainer, status: str, **more: Any) -> None:
         if not trainer.is_global_zero or not self._config_written:
             return
+        self.check()
         step = trainer.global_step
         results = {
             **self.results,
             "status": status,
-            "metrics": self.metrics | self.curves.values,
+            "metrics": {tag: v for tag, v in (self.metrics | self.curves.values).items() if math.isfinite(v)},
             "epoch": trainer.current_epoch,
             "step": step,
             "images_seen": step * self.results.get("batch_size", 0),

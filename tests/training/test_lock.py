@@ -116,8 +116,7 @@ def of_the_newcomer(folder: Path, old: set[Path]) -> dict[Path, bytes]:
     return {path: data for path, data in content(folder).items() if path not in old}
 
 
-@pytest.mark.parametrize("rhythm", ["2", pytest.param("1000", marks=pytest.mark.xfail(
-    strict=True, reason="RunFolder writes results.json at an epoch's end before the lock is looked at"))])
+@pytest.mark.parametrize("rhythm", ["2", "1000"])
 def test_a_start_of_the_same_job_takes_over_and_the_old_one_leaves(
     command: Callable, start: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, rhythm
 ) -> None:

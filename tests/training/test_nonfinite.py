@@ -172,7 +172,6 @@ def test_ten_in_a_row_are_no_accident(command: Callable, at: Callable, scalars: 
         assert all(value.isfinite().all() for value in tensors(folder / "checkpoints/last.ckpt").values())
 
 
-@pytest.mark.xfail(strict=True, reason="RunFolder._write takes the last values of the curves as they are")
 def test_results_of_a_run_that_ends_with_a_bad_step_are_json(command: Callable, at: Callable, folder: Path) -> None:
     """NaN and Infinity are not, and strict readers refuse the file."""
     at("on_train_batch_start", poisoned(18))
