@@ -46,8 +46,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException as error:
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             if isinstance(error, OSError | RuntimeError):  # torch's writer tells the second for the first
-                raise OSError(f"{path} could not be written ({error.__context__ or error}); what was saved before is "
-                              "intact. Make room, and the same command goes on") from error
+                first: BaseException = error
+                while first.__context__ is not None:
+                    first = first.__context__
+                raise OSError(f"{path} could not be written ({first}); what was saved before is intact. Make room, and "
+                              "the same command goes on") from error
             raise
         if path.exists():
             os.replace(path, path.with_name(PREVIOUS))
