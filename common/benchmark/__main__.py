@@ -3,6 +3,7 @@
   step     forward, backward and AdamW of our VisionTransformer against timm's of the same size, weights and numerics
   trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: null model
   augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
+  sequence what a device keeps for the backward of an image whose tokens it shares with another one, against a formula
 
 The sides take turns, and each figure is the median over rounds of what was measured side by side. The result is
 Markdown with command, hardware and versions, ready for RESULTS.md; progress goes to standard error.
@@ -18,7 +19,7 @@ import torch
 from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
 from common.command import run_command
 
-MODES = ("step", "trainer", "augment")
+MODES = ("step", "trainer", "augment", "sequence")
 
 
 def results(options: argparse.Namespace) -> Iterator[str]:
@@ -39,6 +40,13 @@ def results(options: argparse.Namespace) -> Iterator[str]:
 
         rows = augmentation.measure(options.images, options.rounds)
         yield from ("", f"Augmentation of {options.images} images, one thread:", "", *table(augmentation.COLUMNS, rows))
+    if options.mode in ("sequence", "all"):
+        from common.benchmark import sequence
+
+        yield from ("", "Kept of one block for the backward of one image, fp32, one device and two:", "")
+        yield from table(sequence.MEASURED_COLUMNS, list(sequence.measured_rows()))
+        yield from ("", "ViT-B/1 at 224x224 (50,177 tokens), bf16-mixed, one image a step, by formula, per device:", "")
+        yield from table(sequence.COMPUTED_COLUMNS, list(sequence.computed_rows()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -160,7 +160,7 @@ class GlobalBatchData(L.LightningDataModule):
 
     @property
     def _rank(self) -> tuple[int, int]:
-        """Which part of the images this device has, and of how many: those that share their images have the same."""
+        """Which part of the training images this device has, and of how many; devices may share theirs."""
         shares = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         return shares["rank"], shares["num_replicas"]
 
@@ -187,7 +187,8 @@ class GlobalBatchData(L.LightningDataModule):
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, *self._rank)
+        trainer = self.trainer
+        order = EvaluationOrder(len(self.sets[split]), self.eval_batch_size, trainer.global_rank, trainer.world_size)
         return self.loader(split, order)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

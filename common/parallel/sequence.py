@@ -1,24 +1,21 @@
-"""Sequence parallelism: the tokens of an image are spread over several devices, each holding all parameters.
+"""Sequence parallelism: devices share their images and divide the tokens, each with the whole model.
 
-Between the embedding and the pooling a device has its slice of the tokens alone, and so of the activations, whose
-memory is what stops a Transformer on 50,176 pixels. Only attention looks beyond the slice. Where the devices divide the
-heads, tokens are exchanged for heads around it (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv 2309.14509); elsewhere
-each device gathers all keys and values. Both are exact, for any number of tokens.
+Between the embedding and the pooling a device has its slice of the tokens alone, and so of what is kept for the
+backward. Only attention looks beyond the slice. Where the devices divide the heads, tokens are exchanged for heads and
+back (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv 2309.14509); elsewhere all keys and values are gathered on each
+device. Both are exact, for any number of tokens.
 
 Shapes: B images, N tokens, n of them on this device, D width, H heads, K channels of a head, R devices of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from common.errors import InputError
@@ -27,179 +24,160 @@ from common.parallel.replicas import ReplicasStrategy
 
 
 class SequenceStrategy(ReplicasStrategy):
-    """DDP over groups of devices that share their images, and divide the tokens among them. For training: where nothing
-    is trained, each device has images of its own.
+    """DDP over groups of devices: those of a group share their images in training, and divide the tokens.
+
+    In evaluation nothing is kept for a backward, and each device has whole images of its own.
 
     Args:
-        devices_per_image: size of a group; all devices where it is left out.
+        devices_per_image: size of a group, neighbours by their rank; all devices where it is left out.
+        **kwargs: see Lightning's DDPStrategy.
     """
 
     def __init__(self, devices_per_image: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if devices_per_image is not None and devices_per_image < 1:
-            raise InputError(f"trainer.strategy.devices_per_image: {devices_per_image} is not a number of devices")
-        self._devices_per_image = devices_per_image
+        self._asked = devices_per_image
 
     @property
     def devices_per_image(self) -> int:
-        return self._devices_per_image or self.world_size
+        world = self.world_size
+        size = world if self._asked is None else self._asked
+        if size < 1 or world % size:
+            divisors = [n for n in range(1, world + 1) if world % n == 0]
+            raise InputError(f"trainer.strategy.devices_per_image: {size} does not divide the {world} devices; "
+                             f"{' or '.join(map(str, divisors))} would")
+        return size
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """Who sees which images."""
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        size = self.devices_per_image if fitting else 1
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which part of the training images a device has: those of a group have the same."""
+        size = self.devices_per_image
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
-    def setup_distributed(self) -> None:
-        super().setup_distributed()
-        if self.world_size % self.devices_per_image:
-            raise InputError(f"trainer.strategy.devices_per_image: {self.devices_per_image} does not divide the "
-                             f"{self.world_size} devices")
+    @property
+    def kept_share(self) -> float:
+        """The most that a device keeps of an image's activations: 2 of a block's 16 vectors, keys and values, may be
+        gathered whole.
+        """
+        return 1 / 8 + 7 / 8 / self.devices_per_image
 
     def configure_ddp(self) -> None:
-        size = self.devices_per_image
-        firsts = range(0, self.world_size, size)
-        groups = [dist.new_group(list(range(first, first + size))) for first in firsts]  # every rank makes all of them
-        spread(self.lightning_module.net, groups[self.global_rank // size])
+        # Not the group of all: its gradients are reduced while tokens are exchanged.
+        group, _ = dist.new_subgroups(self.devices_per_image)
+        divide_tokens(self.lightning_module.net, group)
         super().configure_ddp()
 
 
-def spread(net: nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes every row of blocks in `net` work on this device's slice of the tokens; the net's own code stays as it is.
+def divide_tokens(net: nn.Module, group: dist.ProcessGroup) -> None:
+    """Has every list of blocks in `net` work on this device's slice of the tokens, where gradients are computed.
 
-    A hook before the first block takes the slice, one after the last puts the tokens together again, and the attention
-    in between is the one over all devices.
+    Without them (evaluation, attention maps) the net and its copies run as before, on whole images and by themselves.
+
+    Every step from slices to whole and back is differentiated as if all devices were one program, whose result is the
+    sum of their losses. A parameter's gradient on a device is thus what its own copy contributes to that sum; the mean
+    over the copies, which DDP takes, is the gradient of the mean loss, for a block's parameters as for a head's.
     """
-    rows = [row for row in net.modules() if isinstance(row, nn.ModuleList) and len(row)
-            and all(any(isinstance(part, Attention) for part in block.modules()) for block in row)]
-    if not rows:
-        raise InputError(f"trainer.strategy: sequence, but {type(net).__name__} has no blocks with attention whose "
-                         "tokens could be spread; use ddp")
-    for row in rows:
-        tokens = Slices(group)
-        row[0].register_forward_pre_hook(tokens.take)
-        row[-1].register_forward_hook(tokens.join)
-        for part in row.modules():
-            if isinstance(part, Attention):
-                part.forward = MethodType(tokens.attention, part)
+    lists = [blocks for blocks in net.modules() if isinstance(blocks, nn.ModuleList) and len(blocks)
+             and all(attentions(block) for block in blocks)]  # fmt: skip
+    if not lists:
+        raise InputError(f"trainer.strategy: sequence divides the tokens of Transformer blocks, of which "
+                         f"{type(net).__name__} has none; use ddp")
+    for blocks in lists:
+        tokens = Tokens(group)
+        # Hooks and a class of its own: what is recomputed in the backward goes through them again, and a copy of the
+        # net has its own.
+        blocks[0].register_forward_pre_hook(tokens.before_blocks)
+        blocks[-1].register_forward_hook(tokens.after_blocks)
+        for attention in attentions(blocks):
+            attention.__class__, attention.tokens = SequenceAttention, tokens
 
 
-class Slices:
-    """The slices of a row of blocks: as even as can be, the first ones a token longer.
+def attentions(module: nn.Module) -> list[Attention]:
+    return [part for part in module.modules() if isinstance(part, Attention)]
 
-    Every device of the group computes the same loss from the joined tokens. A parameter of the blocks gets a part of
-    its gradient on each device, one outside of them its whole gradient on all. DDP takes the mean over the devices,
-    which is right for the latter; for the former `join` multiplies gradients by R on their way back, and `take` divides
-    them again.
-    """
+
+class SequenceAttention(Attention):
+    """The attention of this device's tokens to those of all: (B, n, D) -> (B, n, D)."""
+
+    tokens: Tokens
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, N) is true for the tokens that are attended to; without one, all are."""
+        if not torch.is_grad_enabled():
+            return super().forward(x, mask)
+        keys = None if mask is None else mask[:, None, None]
+        q, k, v = (part.transpose(1, 2) for part in self.split(x))
+        # In one message, in the precision that attention casts them to under autocast.
+        if self.heads % self.tokens.devices == 0:
+            qkv = self.tokens.for_heads(torch.cat([q.to(v), k.to(v), v], dim=3))
+            q, k, v = (part.transpose(1, 2) for part in qkv.chunk(3, dim=3))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+            out = self.tokens.from_heads(out.transpose(1, 2))
+        else:
+            kv = self.tokens.gathered(torch.cat([k.to(v), v], dim=3))
+            k, v = (part.transpose(1, 2) for part in kv.chunk(2, dim=3))
+            q = q.to(v).contiguous().transpose(1, 2)  # a view would keep this device's keys and values as well
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2)
+        return self.proj(out.flatten(2))
+
+
+class Tokens:
+    """How the tokens of one list of blocks lie on the devices of a group: in order, the first ones with one more."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.devices = group, dist.get_rank(group), dist.get_world_size(group)
-        self.sizes: list[int] = []  # of the tokens that are on their way through the blocks
+        self.counts: list[int] = []  # n of every device, in the current forward and its backward
 
-    def __deepcopy__(self, memo: dict) -> Slices:
-        return Slices(self.group)  # for the average of the weights; a group of processes cannot be copied
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokens:
+        return self  # for the average of the weights: there is no copy of a process group
 
-    def take(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Tokens (B, N, D) -> (B, n, D)."""
-        tokens = inputs[0].shape[1]
-        if tokens < self.devices:
-            raise InputError(f"trainer.strategy: sequence spreads {tokens} tokens over {self.devices} devices; use "
-                             "fewer devices_per_image")
-        self.sizes = [len(part) for part in torch.arange(tokens).tensor_split(self.devices)]
-        return _Take.apply(inputs[0], self), *inputs[1:]
+    def before_blocks(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Tokens (B, N, D), with whatever else the block takes, to (B, n, D)."""
+        x, *others = inputs
+        if not torch.is_grad_enabled():
+            return inputs
+        if x.shape[1] < self.devices:
+            raise InputError(f"trainer.strategy: sequence divides tokens, and {x.shape[1]} of an image are fewer than "
+                             f"the {self.devices} devices that share it; give "
+                             f"trainer.strategy.devices_per_image={x.shape[1]} or less")
+        parts = x.tensor_split(self.devices, dim=1)
+        self.counts = [part.shape[1] for part in parts]
+        return parts[self.rank], *others
 
-    def join(self, block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Tokens (B, n, D) -> (B, N, D)."""
-        return _Join.apply(output, self)
+    def after_blocks(self, block: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> Tensor:
+        """Tokens (B, n, D) to (B, N, D)."""
+        return self.gathered(x) if torch.is_grad_enabled() else x
 
-    def attention(self, own: Attention, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What `Attention.forward` computes for these tokens (B, n, D), among those of all devices."""
-        if mask is not None:
-            raise InputError("trainer.strategy: sequence has no key mask, as tokens of segments need; use ddp")
-        q, k, v = own.split(x)
-        if own.heads % self.devices == 0:
-            out = self._over_heads(torch.stack([q, k, v]))
-        else:
-            k, v = _Gather.apply(torch.stack([k, v]), self)
-            out = F.scaled_dot_product_attention(q, k, v)
-        return own.proj(out.transpose(1, 2).flatten(2))
+    def gathered(self, x: Tensor) -> Tensor:
+        """(B, n, ...) -> (B, N, ...), the tokens of all on every device."""
+        rows = x.transpose(0, 1)
+        copies = rows.expand(self.devices, *rows.shape).flatten(0, 1)
+        return self._exchange(copies, [len(rows)] * self.devices, self.counts).transpose(0, 1)
 
-    def _over_heads(self, qkv: Tensor) -> Tensor:
-        """(3, B, H, n, K) -> (B, H, n, K), each device attending for H / R heads over all tokens."""
-        heads = qkv.tensor_split(self.devices, dim=2)
-        shapes = [Size((*heads[self.rank].shape[:3], size, qkv.shape[4])) for size in self.sizes]
-        q, k, v = torch.cat(_Exchange.apply(self.group, shapes, *heads), dim=3)
-        out = F.scaled_dot_product_attention(q, k, v)
-        tokens = out.split(self.sizes, dim=2)
-        shapes = [tokens[self.rank].shape] * self.devices
-        return torch.cat(_Exchange.apply(self.group, shapes, *tokens), dim=1)
+    def for_heads(self, x: Tensor) -> Tensor:
+        """(B, n, H, K) -> (B, N, H / R, K): all tokens of a part of the heads."""
+        rows = x.unflatten(2, (self.devices, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)
+        return self._exchange(rows, [x.shape[1]] * self.devices, self.counts).transpose(0, 1)
 
-    def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """The slices of all devices, put together along the tokens."""
-        longest = list(x.shape)
-        longest[dim] = max(self.sizes)
-        padded = x.new_zeros(longest)
-        padded.narrow(dim, 0, x.shape[dim]).copy_(x)  # all_gather wants equal shapes
-        parts = [torch.empty_like(padded) for _ in self.sizes]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, self.sizes, strict=True)], dim)
+    def from_heads(self, x: Tensor) -> Tensor:
+        """(B, N, H / R, K) -> (B, n, H, K)."""
+        own = [self.counts[self.rank]] * self.devices
+        rows = self._exchange(x.transpose(0, 1), self.counts, own)
+        return rows.unflatten(0, (self.devices, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+    def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        return Exchange.apply(rows, sent, received, self.group)
 
 
-def exchange(parts: Sequence[Tensor], shapes: Sequence[Size], group: dist.ProcessGroup) -> list[Tensor]:
-    """Sends part i to device i, and receives one of shapes[i] from it."""
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    sizes = [shape.numel() for shape in shapes]
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
-
-
-class _Take(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slices: Slices) -> Tensor:
-        ctx.slices = slices
-        return x.split(slices.sizes, dim=1)[slices.rank].contiguous()
+class Exchange(Function):
+    """Sends `sent[r]` of the rows (the first axis), in order, to device r, and receives `received[r]` from it."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.slices.gathered(grad, dim=1) / ctx.slices.devices, None
-
-
-class _Join(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slices: Slices) -> Tensor:
-        ctx.slices = slices
-        return slices.gathered(x, dim=1)
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = received, sent, group
+        result = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        slices = ctx.slices
-        return grad.split(slices.sizes, dim=1)[slices.rank] * slices.devices, None
-
-
-class _Gather(Function):
-    """Keys and values (2, B, H, n, K) -> (2, B, H, N, K), all of which every device has a use for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slices: Slices) -> Tensor:
-        ctx.slices, ctx.shape = slices, x.shape
-        return slices.gathered(x, dim=3)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        slices = ctx.slices
-        parts = grad.split(slices.sizes, dim=3)
-        return torch.stack(exchange(parts, [ctx.shape] * slices.devices, slices.group)).sum(0), None
-
-
-class _Exchange(Function):
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, shapes: Sequence[Size], *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.shapes = group, [part.shape for part in parts]
-        return tuple(exchange(parts, shapes, group))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *exchange(grads, ctx.shapes, ctx.group)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return Exchange.apply(grad, *ctx.way_back), None, None, None

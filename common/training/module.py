@@ -133,8 +133,8 @@ class Experiment(L.LightningModule):
             cost = self.cost(self.build(data))
         weights = 22 * cost.parameters  # fp32: weights, gradients, two moments, an average; and a bf16 copy
         room = 0.7 * device_memory(self.trainer.strategy.root_device) - weights
-        sharing = getattr(self.trainer.strategy, "devices_per_image", 1)  # which divide an image's activations
-        return max(int(room * sharing / cost.activation_bytes), 1)
+        share = getattr(self.trainer.strategy, "kept_share", 1)  # of an image's activations, where devices share it
+        return max(int(room / (share * cost.activation_bytes)), 1)
 
     # Training
 
