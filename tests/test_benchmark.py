@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from small import SMALL
 
-from common.benchmark import augmentation, trainer_cost, training_step
+from common.benchmark import augmentation, scaling, trainer_cost, training_step
 from common.benchmark.__main__ import main, table
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.training_step import Case
@@ -21,6 +22,8 @@ from common.training.checkpoints import Checkpoints
 from common.training.curves import Curves
 from common.training.progress import Progress
 from common.training.run import RunFolder
+
+CONFIG = str(Path(__file__).parents[1] / "supervised" / "configs" / "digits.yaml")
 
 
 def small(patch_size: int, precision: str) -> Case:
@@ -173,6 +176,77 @@ def test_rows_of_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augmentation, "augmentation_throughput", throughput)
     pil, batched = augmentation.measure(6, 2)
     assert pil[1:] == ("2,000", "") and batched[1:] == ("16,000", "8.12")
+
+
+def test_a_step_on_many_devices_by_hand() -> None:
+    """790 TFLOP at half the peak take 2 s, of which 4/3 s are backward; 8 devices send 7/4 of the gradients."""
+    quick = scaling.step_on(8, 790e12, 100 * 2**20, 175 * 2**20, mfu=0.5)
+    # The ring takes 1 s, the last quarter of it (25 MiB) after the backward.
+    assert quick[:4] == pytest.approx((2.0, 1.0, 1 / 3, 2 / 2.25))
+    assert quick.least == pytest.approx(0.25 * 9)  # of which a ninth, 0.25 s, is exposed: 2.25 / 2.5 is 0.9
+    slow = scaling.step_on(8, 790e12, 100 * 2**20, 175 * 2**20 / 3, mfu=0.5)
+    # Of 3 s the backward hides 4/3: more is left than the last bucket.
+    assert slow[:4] == pytest.approx((2.0, 3.0, 0.6, 2 / (2 + 5 / 3)))
+    assert slow.least == pytest.approx(6.75)
+    one_bucket = scaling.step_on(2, 790e12, 2**20, 2**20, mfu=1.0)  # smaller than a bucket: nothing of it is hidden
+    assert one_bucket[:4] == pytest.approx((1.0, 1.0, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("gradients", [4e6, 1e9])
+@pytest.mark.parametrize("devices", [8, 64])
+def test_the_least_step_is_as_efficient_as_it_says(devices: int, gradients: float) -> None:
+    least = scaling.step_on(devices, 1e12, gradients, 50e9, mfu=0.6).least
+    assert scaling.step_on(devices, least * 0.6 * 790e12, gradients, 50e9, mfu=0.6).efficiency == pytest.approx(0.9)
+
+
+def test_the_paper_on_8_and_64_gpus() -> None:
+    rows = [dict(zip(scaling.COMPUTED_COLUMNS, row, strict=True)) for row in scaling.computed(mfu=0.6)]
+    assert [row["GPUs"] for row in rows] == ["8", "64"] * len(scaling.PAPER)
+    found = {(row["config"], row["size"], row["GPUs"]): row for row in rows}
+    base = found["supervised/imagenet224", "base/16", "64"]
+    # 86.57 M parameters; 64 images of 3 x 35.13 GFLOP (197 tokens) at 474 TFLOP/s; 126/64 x 346 MB at 50 GB/s.
+    assert (base["parameters M"], base["gradients MB"], base["images per GPU"]) == ("86.6", "346", "64")
+    assert float(base["step ms"]) == pytest.approx(64 * 3 * 35.13e9 / 474e12 * 1e3, rel=1e-3)
+    assert float(base["all-reduce ms"]) == pytest.approx(126 / 64 * 4 * 86.57e6 / 50e9 * 1e3, rel=1e-3)
+    assert "too little per GPU: all-reduce" in base["remark"]
+    assert found["supervised/nyu_depth", "small/1", "64"]["remark"] == "**16 images: 16 GPUs at the most**"
+    assert found["supervised/flowers102", "small/1", "8"]["global batch"] == "1,016"
+    assert found["supervised/imagenet28", "large/1", "8"]["remark"] == ""
+    assert float(found["diffusion/imagenet256", "large/1", "8"]["parameters M"]) == pytest.approx(457.8, abs=1.5)
+
+
+def test_rows_of_measured_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {(1, 8): [100.0, 200.0], (2, 8): [150.0, 300.0], (2, 16): [180.0, 400.0]}
+    left = {side: iter(values) for side, values in speeds.items()}
+    monkeypatch.setattr(scaling, "images_per_second",
+                        lambda config, options, batch, processes, threads: next(left[processes, batch]))
+    rows = scaling.measured("a config", [], 8, 2, threads=1, rounds=2)
+    assert rows == [("1", "8", "8", "150", "", ""),
+                    ("2", "8", "4", "225", "1.50 (1.50 to 1.50)", "75% (75% to 75%)"),
+                    ("2", "16", "8", "290", "1.90 (1.85 to 1.95)", "95% (92% to 98%)")]  # fmt: skip
+
+
+def test_scaling_reports_what_fit_measures(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one process in the place of two, whose start takes as long again."""
+    measured = scaling.measured
+    monkeypatch.setattr(scaling, "measured", lambda config, options, batch, processes, threads, rounds: measured(
+        config, options, batch, 1, threads, rounds))
+    monkeypatch.setattr(scaling, "PAPER", scaling.PAPER[:1])
+    threads = torch.get_num_threads()
+    try:
+        assert main(["scaling", "--rounds", "1", "--batch", "64", "--config", CONFIG, "--", *SMALL]) == 0
+        output = capsys.readouterr().out
+        with pytest.raises(InputError, match=r"supervised fit with 1 process\(es\): error: .*widht"):
+            main(["scaling", "--config", CONFIG, "--", "--model.widht", "16"])
+        with pytest.raises(InputError, match="--mfu 1.5: give a share above 0, up to 1"):
+            main(["scaling", "--mfu", "1.5"])
+    finally:
+        torch.set_num_threads(threads)
+    assert f"`python -m common.benchmark scaling --rounds 1 --batch 64 --config {CONFIG} -- --model" in output
+    assert "**Computed, not measured.** A step is 3 x forward FLOPs at 0.6 of 790 TFLOP/s" in output
+    rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
+    assert rows[0] == list(scaling.MEASURED_COLUMNS) and rows[2][:3] == ["1", "64", "64"]
+    assert float(rows[2][3].replace(",", "")) > 1
 
 
 def cells(line: str) -> list[str]:

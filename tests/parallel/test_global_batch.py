@@ -1,8 +1,12 @@
 """One global batch: however it is spread over processes and micro-batches, every study trains the same weights.
 
 Each case trains for 50 steps and more with all that could tell a part of the batch from the whole of it. `one` process
-with the whole batch is what the others are measured against. Autoencoders are apart (tests/diffusion/test_vqgan.py):
-the gradient of an absolute error is a sign, and their adversary amplifies rounding, so that 50 steps are too many.
+with the whole batch is what the others are measured against. Autoencoders amplify rounding: the gradient of an absolute
+error is a sign. At the config's rate of 4e-3, KL's weights are 5e-4 apart after 54 steps on two processes, 3e-14 in
+fp64, and 2e-3 in one process that starts with weights other by 1e-7; here its rate grows to a tenth of that. VQ's codes
+amplify more, since Adam takes whole steps along the vanishing gradient of a code that has found its cells, and a code
+that rounding chose otherwise is another reconstruction: tests/diffusion/test_vqgan.py has it, for a few steps, and the
+adversary of both.
 """
 
 import functools
@@ -53,6 +57,10 @@ CASES = {
         [*VIT, "--data.autoencoder", "null", "--data.image_size", "8", "--data.augment.interpolation", "bilinear",
          "--data.augment.flip", "0.5"],
     ),
+    "kl": Case("diffusion/configs/autoencoder_digits.yaml",
+               ["--model.kind", "kl", "--model.base", "8", "--model.groups", "4", "--model.adversary.weight", "0",
+                "--model.optim.lr", "4e-4", "--model.optim.warmup_epochs", "6", "--data.batch_size", "128",
+                "--data.augment.flip", "0.5"]),
 }  # fmt: skip
 
 
@@ -73,8 +81,12 @@ def fit(case: str, folder: Path, *more: object, devices: int = 1, stop: int | No
 
 
 def assert_alike(ours: Path, theirs: Path, scalars: Callable) -> None:
-    """Weights and average to 1e-4, of a recipe that moves each by 4e-3 a step; losses to a thousandth."""
+    """Weights and average to 1e-4, which is what a single step may move a weight by; curves to two thousandths.
+
+    Adam's steps are those of any multiple of the gradients: that they are not multiplied, their norm and moments tell.
+    """
     one, other = (read(folder / "checkpoints" / "last.ckpt") for folder in (theirs, ours))
+    curves, others = scalars(theirs), scalars(ours)
     assert one["global_step"] == other["global_step"] >= 50
     for part in (lambda c: c["state_dict"], lambda c: c["ema"]["state_dict"]):
         assert part(one).keys() == part(other).keys()
@@ -83,13 +95,18 @@ def assert_alike(ours: Path, theirs: Path, scalars: Callable) -> None:
             if name.endswith("qkv.bias"):  # the keys' has no gradient but rounding, which Adam magnifies
                 kept.view(3, -1)[1] = False
             torch.testing.assert_close(part(other)[name][kept], value[kept], rtol=1e-4, atol=1e-4, msg=name)
-    curves, others = scalars(theirs), scalars(ours)
-    compared = [tag for tag in curves if tag == "train/loss" or tag.startswith("val/")]
-    assert len(curves["train/loss"]) >= 50 and max(len(curves[tag]) for tag in compared if tag != "train/loss") >= 3
+    assert one["ema"]["updates"] == other["ema"]["updates"] == one["global_step"]
+    (ours,), (theirs,) = other["optimizer_states"], one["optimizer_states"]
+    for number, moments in theirs["state"].items():
+        for name, value in moments.items():
+            apart = (ours["state"][number][name] - value).abs().max()
+            assert apart <= 0.01 * value.abs().max(), f"{name} of parameter {number}"
+    compared = [tag for tag in curves if tag in ("train/loss", "train/grad_norm") or tag.startswith("val/")]
+    assert len(curves["train/loss"]) >= 50 and max(len(curves[tag]) for tag in compared if tag.startswith("val/")) >= 3
     for tag in compared:
         assert [step for step, _ in others[tag]] == [step for step, _ in curves[tag]]
         values = [value for _, value in curves[tag]]
-        assert [value for _, value in others[tag]] == pytest.approx(values, rel=1e-3, nan_ok=True), tag  # HPARAMS' NaN
+        assert [value for _, value in others[tag]] == pytest.approx(values, rel=2e-3, nan_ok=True), tag  # HPARAMS' NaN
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +124,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-SLOW = ("permuted", "dit", "probe")
+SLOW = ("permuted", "dit", "kl", "probe")
 EACH = [pytest.param(case, marks=[pytest.mark.soak] * (case in SLOW)) for case in CASES]
 
 
@@ -131,7 +148,7 @@ def test_micro_batches_train_as_the_whole(whole: Callable, tmp_path: Path, scala
 
 @pytest.mark.parametrize("first, then", [
     ({"devices": 1}, {"devices": 2}), ({"devices": 2}, {"devices": 1}),
-    pytest.param({"devices": 1, "micro": 32}, {"devices": 2, "micro": 16}, marks=pytest.mark.soak),
+    pytest.param({"devices": 1, "micro": 32}, {"devices": 2, "micro": 32}, marks=pytest.mark.soak),  # 4 a step, then 2
 ])  # fmt: skip
 def test_a_run_goes_on_with_other_devices(
     whole: Callable, tmp_path: Path, scalars: Callable, first: dict[str, int], then: dict[str, int]
