@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -20,6 +20,7 @@ class ShardedStrategy(ReplicasStrategy):
 
     A checkpoint holds whole tensors under the names and numbers of a single device's, so that a run may go on with
     another strategy. An average of the weights is kept whole on every device, and gathered in every step.
+    Validations run on whole weights.
     """
 
     def configure_ddp(self) -> None:
@@ -28,6 +29,22 @@ class ShardedStrategy(ReplicasStrategy):
             raise InputError(f"trainer.strategy: fsdp2 shards one net, and {type(experiment).__name__} trains two that "
                              "play against each other; use ddp")
         shard(experiment.net, init_device_mesh(self.root_device.type, (self.world_size,)))
+
+    def on_validation_start(self) -> None:
+        """Whole weights on every device for its length: devices may have unequal numbers of batches, and one that
+        gathers alone, for a last batch or a picture, would wait for ever.
+        """
+        for part in self._sharded():
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+
+    def on_validation_end(self) -> None:
+        for part in self._sharded():
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+    def _sharded(self) -> list[FSDPModule]:
+        return [part for part in self.lightning_module.net.modules() if isinstance(part, FSDPModule)]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return whole(super().lightning_module_state_dict())

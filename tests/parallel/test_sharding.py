@@ -100,6 +100,19 @@ def test_other_studies(tmp_path: Path, scalars: Callable, study: str, recipe: li
         assert [value for _, value in two[tag]] == pytest.approx(values, rel=1e-4, nan_ok=True)
 
 
+@pytest.mark.parametrize("study, recipe", [
+    ("supervised", ["--config", "supervised/configs/rooms.yaml", "--model.patch_size", "6", "--data.source.train", "32",
+                    "--data.source.val", "5", "--data.eval_batch_size", "1", "--model.optim.ema", "0.9"]),
+    ("diffusion", ["--config", "diffusion/configs/digits.yaml", "--model.patch_size", "4", "--model.picture_epochs",
+                   "1", "--data.autoencoder", "null", "--data.image_size", "8", "--data.augment.interpolation",
+                   "bilinear", "--model.optim.ema", "null", "--model.picture_steps", "2"]),
+])  # fmt: skip
+def test_a_device_may_evaluate_alone(tmp_path: Path, study: str, recipe: list[str]) -> None:
+    """Three images against two, and a picture of samples that the first device draws; the training goes on after it."""
+    last = finish(tmp_path, "two", *SHARDED, "--hang_timeout", "60", study=study, recipe=recipe)
+    assert last["epoch"] == 1 and all(value.isfinite().all() for value in last["state_dict"].values())
+
+
 def held(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
