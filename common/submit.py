@@ -28,7 +28,10 @@ def resources(options: argparse.Namespace) -> list[str]:
     if options.gpus:
         words += ["--gpus-per-node", str(options.gpus)]
     words += ["--cpus-per-task", str(options.cpus)] + ["--time", options.time] * (options.time is not None)
-    return [*words, *shlex.split(options.sbatch)]
+    try:
+        return [*words, *shlex.split(options.sbatch)]
+    except ValueError as error:
+        raise InputError(f"--sbatch {options.sbatch}: {str(error).lower()}") from error
 
 
 def training(study: str, words: list[str], options: argparse.Namespace) -> Iterator[tuple[list[str], str]]:
@@ -51,6 +54,8 @@ def arrays(id: str, words: list[str], options: argparse.Namespace) -> Iterator[t
     parser.add_argument("--scale", required=True)
     parser.add_argument("--seeds", type=int)
     chosen = parser.parse_args(words)
+    if chosen.seeds is not None and chosen.seeds < 1:
+        raise InputError(f"--seeds {chosen.seeds}: give a number of seeds, 1 or more")
     starts = exhibits[id].scale(chosen.scale).starts(chosen.seeds)
     levels: dict[int, list[int]] = {}
     for number, start in enumerate(starts):

@@ -109,6 +109,13 @@ def test_waiting_for_data_is_measured_and_said_once(train: Callable, scalars: Ca
     assert all("for 50% of the time (train/data_wait); data.workers: 0" in line for line in said)
 
 
+def test_losses_are_kept_from_one_point_to_the_next_alone(train: Callable):
+    """A long run would gather millions of them."""
+    curves = Curves()
+    train(curves, epochs=3, log_every_n_steps=4)  # 15 steps
+    assert len(curves._losses) == 3
+
+
 @pytest.mark.parametrize("clip", [[], ["--trainer.gradient_clip_val", "0.01"]])
 def test_the_gradients_norm_is_that_before_clipping(command: Callable, at: Callable, scalars: Callable, tmp_path, clip):
     """Of the step's whole batch, which comes in four micro-batches."""

@@ -132,6 +132,19 @@ def test_exactly_the_bad_step_is_left_out(
     assert found["train/skipped_steps"] == [(7, 1.0)] and "train/skipped_steps" not in expected
 
 
+def test_an_infinite_gradient_of_a_sound_loss_is_left_out_too(
+    command: Callable, at: Callable, scalars: Callable, folder: Path
+) -> None:
+    def spoil(module: Classification) -> None:
+        if module.trainer.global_step == 6:
+            module.net.head.bias.grad[0] = math.inf
+
+    at("on_after_backward", spoil)
+    assert command("fit", *SKIP).code == 0
+    assert scalars(folder)["train/skipped_steps"] == [(7, 1.0)]
+    assert all(math.isfinite(value) for _, value in scalars(folder)["train/loss"])
+
+
 def test_the_count_goes_on_after_a_resume_and_is_no_part_of_the_config(
     command: Callable, at: Callable, scalars: Callable, folder: Path
 ) -> None:

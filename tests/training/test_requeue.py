@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import assert_identical, children, leftovers, until, written
 
 from common.training.checkpoints import read
-from common.training.requeue import requeue
+from common.training.requeue import Requeue, requeue
 from supervised import Classification
 
 # 9 steps an epoch, of 4 micro-batches each; all that has a state or draws random numbers.
@@ -226,6 +228,17 @@ def test_one_rank_that_is_signalled_is_enough(
     assert scalars(folder)["train/loss"] == scalars(undisturbed)["train/loss"]
 
 
+@pytest.mark.parametrize("other, said", [(8, None), (12, "8 to 12"), (0, "0 to 8")])
+def test_ranks_that_found_different_checkpoints_do_not_train(monkeypatch: pytest.MonkeyPatch, other, said) -> None:
+    """As a network's file system may show them; a stand-in for the other rank of the reduction."""
+    monkeypatch.setattr("common.training.requeue.dist.all_reduce", lambda ends, **_: ends.copy_(
+        torch.maximum(ends, torch.tensor([other, -other]))))  # fmt: skip
+    monkeypatch.setattr("common.training.requeue.dist.new_group", lambda **_: None)
+    trainer = SimpleNamespace(world_size=2, global_step=8)
+    with pytest.raises(RuntimeError, match=f"steps, {said}: .*start the same command") if said else nullcontext():
+        Requeue("SIGUSR1").on_train_start(trainer, None)
+
+
 def test_an_evaluation_that_is_ended_is_no_success(command: Callable, start: Callable, folder: Path) -> None:
     """Nothing is caught there: what comes after it must not take it for done."""
     assert command("fit", *RUN).code == 0
@@ -307,6 +320,19 @@ def test_the_run_tells_what_came_of_it(command: Callable, at: Callable, scontrol
     outcome = command("fit", *RUN)
     assert outcome.code == 75
     assert "stopped after SIGTERM at step 5, all is saved; job 7 is requeued\n" in outcome.out
+    assert calls() == ["show job 7", "requeue 7"]
+
+
+@pytest.mark.soak
+def test_the_other_rank_waits_while_the_first_asks(start: Callable, scontrol: Callable, folder: Path, tmp_path: Path):
+    """Lightning's launcher looks every five seconds whether a rank has left, and kills the others."""
+    calls = scontrol("RUNNING")
+    (tmp_path / "bin/scontrol").write_text(SCONTROL.replace("else\n", "else\n    sleep 12\n"))
+    process = start("fit", *LONG, *TWO)
+    until(process, (folder / "checkpoints/last.ckpt").exists)
+    os.kill(process.pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "job 7 is requeued" in output, output
     assert calls() == ["show job 7", "requeue 7"]
 
 
