@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 from small import SMALL
+from tensorboard.summary.writer import event_file_writer
 
 from supervised import Classification
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts of one second in one process have names that end in a count, which are read as text: .10 before .9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100_000))
 
 
 @pytest.fixture
