@@ -112,7 +112,7 @@ def discard(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
-    for name in ("checkpoints", "figures", "predictions", "samples"):
+    for name in ("checkpoints", "figures", "predictions", "samples", "stacks"):
         place = folder / name
         if place.is_symlink():
             place.unlink()  # and not what it points to
@@ -123,7 +123,11 @@ def discard(folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    try:
+        temporary.write_text(text)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(f"{path} could not be written ({error.strerror})") from error
     os.replace(temporary, path)
 
 
