@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common.command import run_command
 from common.errors import InputError
-from common.exhibits import STUDIES, Start, read_exhibits
-from common.paper import state
+from common.paper.exhibits import STUDIES, Start, read_exhibits
+from common.paper.state import state
 
 SCRIPTS = Path("common/slurm")
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common import paper
 from common.errors import InputError
-from common.exhibits import Start, read_exhibits
 from common.identity import arm_hash, config_hash, covered
+from common.paper.exhibits import Start, read_exhibits
+from common.paper.listing import _states, show
+from common.paper.running import run
+from common.paper.state import state
 from common.runs import changed_source
 from common.runs import trained as trained_as
 
@@ -131,7 +133,7 @@ def test_an_id_belongs_to_one_study(exhibits, tmp_path):
 
 def test_show_names_sources_statements_and_commands(exhibits):
     exhibit = exhibits()["X1"]
-    text = "\n".join(paper.show(exhibit, {"demo": exhibit.scale("demo")}))
+    text = "\n".join(show(exhibit, {"demo": exhibit.scale("demo")}))
     for part in ("val/acc1: S/1 - S/2 = +1.5", "unknown: both values", "hyper-parameters: supervised/configs/tiny_set",
                  "Where lr of supervised/configs/tiny_set.yaml comes from.\n    \n    Steps: 9.", "# S/1, seed 1",
                  exhibit.scale("demo").starts()[0].shown("fit")):
@@ -142,7 +144,7 @@ def test_show_names_sources_statements_and_commands(exhibits):
 
 def test_show_names_the_sources_of_all_its_configs(exhibits, folders):
     exhibit = exhibits(**CHAIN)["X1"]
-    lines = list(paper.show(exhibit, exhibit.scales))
+    lines = list(show(exhibit, exhibit.scales))
     for config in ("supervised/configs/tiny_set", "mae/configs/tiny_set", "mae/configs/tiny_set_finetune"):
         assert lines.count(f"    Where lr of {config}.yaml comes from.") == 1
     assert sum(line.endswith("--init_from runs/mae/tiny_set-p1-s1") for line in lines) == 1
@@ -212,7 +214,7 @@ def calls() -> list[str]:
 
 def test_run_trains_each_arm_once_and_compares(study, capfd):
     study = study()["X1"]
-    assert paper.run(study, study.scale("demo"), None) == 0
+    assert run(study, study.scale("demo"), None) == 0
     assert calls() == [f"runs/supervised/tiny_set-p{patch}-s{seed}" for seed in (0, 1) for patch in (2, 1)]
     out = capfd.readouterr().out
     assert "X1 demo, 2 of 4: S/1, seed 0" in out
@@ -223,18 +225,18 @@ def test_run_trains_each_arm_once_and_compares(study, capfd):
     assert "| S/2 (baseline) |" in text and "- paper: val/acc1: S/1 - S/2 = +1.5" in text
     assert Path("runs/paper/X1-demo/comparison.png").stat().st_size
 
-    assert paper.run(study, study.scale("demo"), None) == 0
+    assert run(study, study.scale("demo"), None) == 0
     assert len(calls()) == 4  # finished arms are skipped
 
 
 def test_run_stops_with_the_arms_exit_code_and_goes_on_there(study, capfd):
     study = study()["X1"]
     Path("broken").touch()
-    assert paper.run(study, study.scale("demo"), 1) == 3
+    assert run(study, study.scale("demo"), 1) == 3
     assert "S/1, seed 0: stopped with exit code 3" in capfd.readouterr().err
-    assert [paper.state(start) for start in study.scale("demo").starts(1)] == ["finished", "missing"]
+    assert [state(start) for start in study.scale("demo").starts(1)] == ["finished", "missing"]
     Path("broken").unlink()
-    assert paper.run(study, study.scale("demo"), 1) == 0
+    assert run(study, study.scale("demo"), 1) == 0
     assert calls() == [f"runs/supervised/tiny_set-p{patch}-s0" for patch in (2, 1, 1)]
 
 
@@ -244,14 +246,14 @@ TUNED = "runs/mae/tiny_set_finetune-p1-s{0} runs/mae/tiny_set-p1-s{0}"
 
 def test_a_run_that_starts_from_another_comes_after_it_and_is_compared_alone(study, capfd):
     chain = study(**CHAIN)["X1"]
-    assert paper.run(chain, chain.scale("demo"), None) == 0
+    assert run(chain, chain.scale("demo"), None) == 0
     assert calls() == [call.format(seed) for seed in (0, 1) for call in (SCRATCH, BEFORE, TUNED)]
     out = capfd.readouterr().out
     # By hand, as above: both seeds are in one mean although their weights come from two folders.
     assert "94.50 ± 0.71 (2) *" in out and "here: val/acc1: S/1 - S/2 = +2.00 (n = 2)" in out
     text = Path("runs/paper/X1-demo/comparison.md").read_text()
     assert "| S/2 (baseline) |" in text and "| S/1 |" in text and "| before" not in text
-    assert paper._states(chain.scale("demo")) == "6 finished"
+    assert _states(chain.scale("demo")) == "6 finished"
 
 
 # Chains of the kind that generation is: what serves all seeds, a test after the training, a figure of its own
@@ -279,8 +281,8 @@ def test_an_arm_of_one_seed_serves_all(study):
 def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd):
     generated = study(**GENERATED)["X1"]
     scale = generated.scale("demo")
-    judge, before = "runs/mae/tiny_set-p1-s0", paper._states(scale)
-    assert before == "5 missing" and paper.run(generated, scale, None) == 0
+    judge, before = "runs/mae/tiny_set-p1-s0", _states(scale)
+    assert before == "5 missing" and run(generated, scale, None) == 0
     runs = [[f"runs/supervised/tiny_set-p2-s{seed}", *[judge] * (seed == 0),
              f"runs/supervised/tiny_set-p1-s{seed} {judge}"] for seed in (0, 1)]
     expected = [line for seed in runs for run in seed for line in [run, *[f"test {run}"] * (run != judge)]]
@@ -291,16 +293,16 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
     assert "20.50 ± 0.71 (2)" in out and "10.50 ± 0.71 (2) *" in out and "1.0000 ± 0.0000 (2)" in out
     assert "here: test/fid: S/1 - S/2 = -10.00 (n = 2)" in out
     assert "![figure](figure.png)" in Path("runs/paper/X1-demo/comparison.md").read_text()
-    shown = "\n".join(paper.show(generated, {"demo": scale}))
+    shown = "\n".join(show(generated, {"demo": scale}))
     assert "judged by val/loss" in shown and "judged by test/fid" in shown and f"  python -m {drawn}" in shown
     assert shown.count("python -m supervised test ") == 4 and "python -m mae test" not in shown
 
     # A run that was trained and not tested is tested alone; the figure is drawn again.
     path = Path("runs/supervised/tiny_set-p1-s1/results.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"val/loss": 1.0}}))
-    assert paper._states(scale) == "4 finished, 1 not tested"
+    assert _states(scale) == "4 finished, 1 not tested"
     Path("undrawable").touch()
-    assert paper.run(generated, scale, None) == 2
+    assert run(generated, scale, None) == 2
     assert "![figure]" not in Path("runs/paper/X1-demo/comparison.md").read_text()
     assert calls()[len(expected) + 1 :] == [f"test {runs[1][1]}", drawn]
     assert "X1 demo, its figure: stopped with exit code 2" in capfd.readouterr().err
@@ -312,10 +314,10 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
 def test_a_training_that_ended_early_is_not_tested(study):
     generated = study(**GENERATED)["X1"]
     Path("early2").touch()
-    assert paper.run(generated, generated.scale("demo"), 1) == 0
+    assert run(generated, generated.scale("demo"), 1) == 0
     assert [call for call in calls() if call.startswith("test")] == [
         "test runs/supervised/tiny_set-p1-s0 runs/mae/tiny_set-p1-s0"]
-    assert paper._states(generated.scale("demo")) == "2 finished, 2 missing, 1 unfinished"
+    assert _states(generated.scale("demo")) == "2 finished, 2 missing, 1 unfinished"
 
 
 def test_a_test_that_does_not_measure_the_metric_stops_at_the_first_arm(study):
@@ -323,7 +325,7 @@ def test_a_test_that_does_not_measure_the_metric_stops_at_the_first_arm(study):
     generated = study(**GENERATED | {"scales": {"demo": demo}})["X1"]
     with pytest.raises(InputError, match="supervised/paper.yaml: X1, scale demo: metric test/fd_judge: the test of "
                                          "runs/supervised/tiny_set-p2-s0 did not .*; there is test/fid, test/sfid"):
-        paper.run(generated, generated.scale("demo"), None)
+        run(generated, generated.scale("demo"), None)
     assert len(calls()) == 2
 
 
@@ -331,14 +333,14 @@ def test_a_test_of_other_samples_is_not_this_arm_s(study, monkeypatch):
     """Somebody tried more guidance on the same run since."""
     generated = study(**GENERATED)["X1"]
     scale = generated.scale("demo")
-    assert paper.run(generated, scale, 1) == 0
+    assert run(generated, scale, 1) == 0
     monkeypatch.setattr(Start, "sampling", {"samples": 8, "solver": "ddim", "guidance": 1.5})
     path = Path("runs/supervised/tiny_set-p1-s0/results.json")
     results = json.loads(path.read_text())
-    for guidance, state in [(1.5, "finished"), (4.0, "not tested")]:
+    for guidance, expected in [(1.5, "finished"), (4.0, "not tested")]:
         record = {"samples": 8, "solver": "ddim", "guidance": guidance}
         path.write_text(json.dumps(results | {"evaluation": record}))
-        assert [paper.state(start) for start in scale.starts(1)] == ["finished", "finished", state]
+        assert [state(start) for start in scale.starts(1)] == ["finished", "finished", expected]
 
 
 def test_a_scale_may_draw_otherwise(study):
@@ -353,40 +355,40 @@ def test_weights_come_from_a_finished_run_only(study, capfd):
     chain = study(**CHAIN)["X1"]
     scale = chain.scale("demo")
     Path("broken").touch()
-    assert paper.run(chain, scale, 1) == 3
+    assert run(chain, scale, 1) == 3
     Path("broken").unlink()
     Path("early").touch()
-    assert paper.run(chain, scale, 1) == 1
+    assert run(chain, scale, 1) == 1
     assert "X1 demo, 3 of 3: S/1, seed 0: not started" in (error := capfd.readouterr().err)
     assert "runs/mae/tiny_set-p1-s0, which is unfinished" in error
     Path("early").unlink()
-    assert paper.run(chain, scale, 1) == 0
+    assert run(chain, scale, 1) == 0
     assert calls() == [call.format(0) for call in (SCRATCH, BEFORE, BEFORE, BEFORE, TUNED)]
 
 
 def test_states_follow_the_run_folders(exhibits, folders):
     scale = exhibits()["X1"].scale("demo")
-    assert paper._states(scale) == "4 missing"
+    assert _states(scale) == "4 missing"
     for start, status in zip(scale.starts(), ("finished", "running", "failed"), strict=False):
         folder, _ = start.located
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps({"status": status, "seed": 0, "metrics": {}}))
         (folder / "config.yaml").write_text("model: {}")
-    assert paper._states(scale) == "1 failed, 1 finished, 1 missing, 1 unfinished"
+    assert _states(scale) == "1 failed, 1 finished, 1 missing, 1 unfinished"
     (folder / "results.json").write_text('{"status": "finished", "config_hash": "other", "seed": 0, "metrics": {}}')
-    assert paper._states(scale) == "1 another config, 1 finished, 1 missing, 1 unfinished"
+    assert _states(scale) == "1 another config, 1 finished, 1 missing, 1 unfinished"
     (folder / "results.json").write_text('{"status": "finished", "seed": 0}')  # without metrics
-    assert paper._states(scale) == "1 finished, 1 missing, 1 unfinished, 1 unreadable"
+    assert _states(scale) == "1 finished, 1 missing, 1 unfinished, 1 unreadable"
 
 
 def test_a_config_without_runs_needs_no_parser(exhibits, monkeypatch):
     """tiny_set.yaml names no class: looking up one of its folders would be an error."""
     scale = exhibits(**CHAIN)["X1"].scale("demo")
     Path("runs/mae/another-p1-s0").mkdir(parents=True)
-    assert paper._states(scale) == "6 missing"
+    assert _states(scale) == "6 missing"
     Path("runs/mae/tiny_set-p1-s0").mkdir()
     with pytest.raises(InputError):
-        paper._states(scale)
+        _states(scale)
 
 
 def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
@@ -399,8 +401,8 @@ def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
     short = {"trainer.max_epochs": 1, "model.optim.warmup_epochs": 0, "model.depth": 1, "model.patch_size": 4}
     arms = {"short": short, "on": {"runs": {"init_from": "short"}, **short}}
     scale = exhibits(scales={"demo": {"config": "digits", "arms": arms}})["X1"].scale("demo")
-    assert paper.run(read_exhibits(tmp_path)["X1"], scale, None) == 0
-    assert paper._states(scale) == "2 finished"
+    assert run(read_exhibits(tmp_path)["X1"], scale, None) == 0
+    assert _states(scale) == "2 finished"
     first, second = (start.located[0] for start in scale.starts())
     assert first != second
     assert json.loads((second / "results.json").read_text())["init_from"]["source"] == str(first)
@@ -485,10 +487,10 @@ def test_diffusion_exhibits():
 def test_a_figure_of_no_training_is_drawn_alone(study, capfd):
     (exhibit,) = study(metric=None, arms=None, paper=None, draws="drawing --rows 2",
                        scales={"demo": None, "paper": {"draws": "drawing"}}).values()
-    assert paper.run(exhibit, exhibit.scale("demo"), None) == 0
+    assert run(exhibit, exhibit.scale("demo"), None) == 0
     assert calls() == ["drawing --figure runs/paper/X1-demo/figure.png --rows 2"]
     assert not Path("runs/paper/X1-demo/comparison.md").exists()
-    shown = list(paper.show(exhibit, exhibit.scales))
+    shown = list(show(exhibit, exhibit.scales))
     assert shown[0] == "X1: one against two"
     assert "  python -m drawing --figure runs/paper/X1-paper/figure.png" in shown
 

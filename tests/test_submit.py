@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import paper, submit
+from common import submit
 from common.errors import InputError
-from common.exhibits import read_exhibits
+from common.paper.__main__ import main as paper_main
+from common.paper.exhibits import read_exhibits
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "common" / "slurm"
@@ -239,27 +240,27 @@ def test_options_that_are_none(sbatch: Callable, capsys: pytest.CaptureFixture, 
 def test_a_number_is_that_of_the_run_that_show_lists_there(capsys: pytest.CaptureFixture, id) -> None:
     """With the same command; and alone it is the same as among all."""
     for scale, runs in read_exhibits()[id].scales.items():
-        assert paper.main(["show", id, "--scale", scale]) == 0
+        assert paper_main(["show", id, "--scale", scale]) == 0
         shown = capsys.readouterr().out.splitlines()
         heads = [line for line in shown if re.fullmatch(r"  # .*, seed \d+", line)]
         if not runs.starts():
             assert not heads
             continue
-        assert paper.main(["commands", id, "--scale", scale]) == 0
+        assert paper_main(["commands", id, "--scale", scale]) == 0
         numbered = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
         listed = [line.removeprefix("  python -m ") for line in shown[shown.index(heads[0]):] if " -m " in line]
         assert [line for _, line in numbered] == [line for line in listed if "--figure" not in line]
         numbers = [int(number) for number, _ in numbered]
         assert sorted(set(numbers)) == list(range(len(heads)))
         place = len(heads) - 1
-        assert paper.main(["commands", id, "--scale", scale, "--number", str(place)]) == 0
+        assert paper_main(["commands", id, "--scale", scale, "--number", str(place)]) == 0
         assert capsys.readouterr().out.splitlines() == [line for number, line in numbered if number == str(place)]
 
 
 @pytest.mark.parametrize("number", ["-1", "1000"])
 def test_a_number_that_no_run_has(number) -> None:
     with pytest.raises(InputError, match=f"--number {number}: T3a has the runs 0 to "):
-        paper.main(["commands", "T3a", "--scale", "demo", "--number", number])
+        paper_main(["commands", "T3a", "--scale", "demo", "--number", number])
 
 
 # The batch scripts

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from common.training.cli import StudyCLI
 
 STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RUNS = Path("runs")
 
 _KEYS = {"shows": str, "metric": object, "draws": str, "paper": dict, "arms": dict, "scales": dict}

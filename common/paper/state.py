@@ -1,0 +1,25 @@
+"""How far an arm's run is, by its folder."""
+
+from __future__ import annotations
+
+from common.paper.exhibits import Start
+from common.runs import changed_source, read_run
+
+
+def state(start: Start) -> str:
+    """finished, not tested (or by other samples than this arm's), unfinished, failed, unreadable, missing, or what a
+    changed YAML leaves behind: another config, and weights other than those that its source has now.
+    """
+    folder, expected_hash = start.located
+    if not (folder / "results.json").is_file():
+        return "missing"
+    run = read_run(folder)
+    if run.results.get("config_hash", expected_hash) != expected_hash:
+        return "another config"
+    if changed_source(run.results):
+        return "of other weights"
+    if run.status != "finished" or not start.judged_by:
+        return run.status
+    record = run.results.get("evaluation", {})
+    otherwise = "solver" in record and any(record.get(key) != value for key, value in start.sampling.items())
+    return "not tested" if otherwise or start.judged_by not in run.results["metrics"] else run.status
