@@ -144,13 +144,11 @@ class GlobalBatchData(L.LightningDataModule):
             raise InputError(f"data.batch_size: {self.global_batch} images on {ranks} device(s) do not divide into "
                              f"micro-batches of at most {most}; {near * ranks} would")
         trainer.accumulate_grad_batches = per_device // self.micro_batch
-        batches, limit = len(self._order()), trainer.limit_train_batches
-        limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        self.steps_per_epoch = limited // trainer.accumulate_grad_batches
+        # A number of them counts global batches, as all that is given does: a run may go on in other micro-batches.
+        steps, limit = len(self._order()) // trainer.accumulate_grad_batches, trainer.limit_train_batches
+        self.steps_per_epoch = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
         if not self.steps_per_epoch:
-            raise InputError(f"trainer.limit_train_batches: {limit} leaves no optimiser step in an epoch of {batches} "
-                             f"micro-batches, {trainer.accumulate_grad_batches} a step")
-        # Whole steps: Lightning would take one more, with the micro-batches that are left.
+            raise InputError(f"trainer.limit_train_batches: {limit} leaves no optimiser step in an epoch of {steps}")
         trainer.limit_train_batches = self._batches_per_epoch = self.steps_per_epoch * trainer.accumulate_grad_batches
 
     def _most(self, images: int) -> int:

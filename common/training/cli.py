@@ -303,6 +303,8 @@ class StudyCLI(LightningCLI):
         steps = None
         if self.subcommand == "fit":
             steps = (read(self.checkpoint)["global_step"] if self.checkpoint else 0) + 1
+            if self.checkpoint:
+                rank_zero_only(print)(f"goes on: {self.checkpoint}, after step {steps - 1}")
         return TensorBoardLogger(str(self.folder.parent), name="", version=self.folder.name, default_hp_metric=False,
                                  purge_step=steps)
 

@@ -122,14 +122,16 @@ def test_division(images, batch_size, most, ranks, expected):
     assert divided(images, batch_size, "auto", ranks, fit=most).micro_batch == data.micro_batch
 
 
-@pytest.mark.parametrize("limit, steps", [(1.0, 12), (0.5, 6), (6, 3), (1000, 12)])
+@pytest.mark.parametrize("limit, steps", [(1.0, 12), (0.5, 6), (0.3, 3), (6, 6), (1000, 12)])
 def test_a_limited_epoch_has_fewer_steps(limit, steps):
     assert divided(100, 8, 4, limit=limit).steps_per_epoch == steps
 
 
-def test_a_limited_epoch_has_whole_steps():
-    data = divided(100, 8, 2, limit=10)  # Lightning would step a third time, with the two micro-batches left
-    assert (data.steps_per_epoch, data.trainer.limit_train_batches) == (2, 8)
+def test_a_limit_counts_global_batches():
+    """A run that goes on in other micro-batches has the same steps; Lightning counts micro-batches."""
+    for micro in (2, 4, 8):
+        data = divided(100, 8, micro, limit=10)
+        assert (data.steps_per_epoch, data.trainer.limit_train_batches) == (10, 10 * 8 // micro)
 
 
 def test_a_loss_over_the_whole_batch_is_not_divided():
