@@ -1,7 +1,8 @@
 """python -m common.compare FOLDER...: runs side by side, as a table, a figure of the curves, and files.
 
 Runs that differ in seed alone are one row, mean ± standard deviation. Runs that are unfinished, failed or unreadable
-are named and enter no mean. Differences are to the baseline; a run with other data or another budget is marked.
+are named and enter no mean. Differences are to the baseline, with a paired t-test over the seeds that both have; a run
+with other data or another budget is marked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.text import Text
 from common.command import run_command
 from common.comparison import Comparison
 from common.figure import check_file, draw
-from common.runs import find_runs
+from common.runs import chosen, find_runs
 
 
 def print_table(comparison: Comparison) -> None:
@@ -89,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", action="append", default=[], metavar="TAG",
                         help="a column, such as val/acc1 or best/val/acc1; repeatable; "
                              "default: the headline metrics that all runs have")
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE",
+                        help="only runs with this setting: a key of results.json or config.yaml, such as patch_size=1, "
+                             "optim.lr=4e-3 or dataset=digits,shapes; repeatable")
+    parser.add_argument("--by", metavar="KEY",
+                        help="a row for each value of this setting, such as patch_size or model.depth, over all runs "
+                             "that have it; differences then are between runs that are alike in all else")
     parser.add_argument("--baseline", metavar="NAME",
                         help="the run that differences are to; default: the first one of the largest patch size")
     parser.add_argument("--figure", type=Path, metavar="FILE",
@@ -103,8 +110,8 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.figure:
         check_file(options.figure)
-    runs = find_runs(options.folders)
-    comparison = Comparison(runs, options.metric, options.baseline)
+    runs = chosen(find_runs(options.folders), options.where)
+    comparison = Comparison(runs, options.metric, options.baseline, by=options.by)
     print_table(comparison)
     for path, form in [(options.csv, as_csv), (options.markdown, markdown), (options.json, as_json)]:
         if path:
@@ -112,7 +119,7 @@ def main(arguments: list[str]) -> int:
     if not options.no_figure:
         parent = Path(os.path.commonpath([run.folder.absolute().parent for run in runs]))
         default = Path(os.path.relpath(parent / "comparison.png"))
-        title = ", ".join(dict.fromkeys(str(group["dataset"]) for group in comparison.groups))
+        title = ", ".join(dict.fromkeys(group.said("dataset") for group in comparison.groups))
         draw_figure(comparison, options.figure or default, title, options.metric[0] if options.metric else None)
     return 0
 

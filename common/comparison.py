@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from common.errors import InputError
 from common.identity import differing
 from common.runs import Group, Run, digits, group_runs
+from common.significance import Paired, paired
 
 BUDGET = ("dataset", "epochs", "batch_size")  # two arms that differ here answer another question
 # And so do samples that were made or judged otherwise.
@@ -35,11 +36,13 @@ class Comparison:
         metrics: tags; by default the headline metrics that every group has, or each group's own where none is shared.
         baseline: a group's label, or the name of one of its runs; by default the first group of the largest patch.
         labels: names of the arms by run folder.
+        by: a setting whose equal values make a group, in place of all that is not the seed.
     """
 
     def __init__(self, runs: Iterable[Run], metrics: Sequence[str] = (), baseline: str | None = None,
-                 labels: Mapping[Path, str] | None = None) -> None:
-        self.groups, self.left_out = group_runs(runs, labels)
+                 labels: Mapping[Path, str] | None = None, by: str | None = None) -> None:
+        self.groups, self.left_out = group_runs(runs, labels, by)
+        self.by = by
         self.baseline = self._baseline(baseline)
         self.metrics = list(metrics) or self._shared_metrics()
         measured = {tag for group in self.groups for run in group.runs for tag in run.results["metrics"]}
@@ -74,7 +77,7 @@ class Comparison:
     def mark(self, group: Group) -> str:
         """How the data, the budget or the judging of a group differ from the baseline's; empty where they are the same.
         """
-        pairs = [(key, group[key], self.baseline[key]) for key in BUDGET]
+        pairs = [(key, group.said(key), self.baseline.said(key)) for key in BUDGET]
         ours, theirs = group["evaluation"], self.baseline["evaluation"]
         if ours and theirs:
             pairs += [(f"evaluation's {key}", ours.get(key), theirs.get(key)) for key in JUDGED]
@@ -84,6 +87,10 @@ class Comparison:
         """Mean of the group minus the baseline's."""
         ours, theirs = group.statistic(tag), self.baseline.statistic(tag)
         return ours.mean - theirs.mean if ours and theirs and group is not self.baseline else None
+
+    def paired(self, group: Group, tag: str) -> Paired | None:
+        """The differences to the baseline, pair by pair; None where no run of one has its match in the other."""
+        return pair(group, self.baseline, tag) if group is not self.baseline else None
 
     def best(self, tag: str) -> list[Group]:
         """The groups of the best mean, among those with the baseline's data and budget; none where two never met."""
@@ -114,26 +121,38 @@ class Comparison:
         mark = f" {MARK}" if self.mark(group) else ""
         seconds = [run.results.get("train_seconds") for run in group.runs]
         cells = [Cell(group.label + (" (baseline)" if group is self.baseline else mark)),
-                 Cell(str(group["dataset"])), Cell(f"{group['epochs']} x {group['batch_size']}"),
+                 Cell(group.said("dataset")), Cell(f"{group.said('epochs')} x {group.said('batch_size')}"),
                  Cell(f"{group['parameters']:,}" if group["parameters"] else "-"),
                  Cell(_duration(sum(seconds) / len(seconds)) if all(seconds) else "-")]
         for tag in self.metrics:
             value, difference = group.statistic(tag), self.difference(group, tag)
             decimals = digits(tag, value and value.mean, difference)
             cells.append(Cell(value.text(decimals) if value else "-", group in best[tag]))
-            cells.append(Cell(f"{difference:+.{decimals}f}{mark}" if difference is not None else "-"))
+            test = self.paired(group, tag)
+            significance = f" ({test.text()})" if test and test.p is not None else ""
+            cells.append(Cell(f"{difference:+.{decimals}f}{significance}{mark}" if difference is not None else "-"))
         return cells
 
     def notes(self) -> list[str]:
         """What a reader of the table must know."""
         lines = ["mean ± standard deviation (number of seeds); "
                  f"differences to {self.baseline.label}" if self.baseline else "no finished run"]
+        if any(test and test.p is not None for group in self.groups for tag in self.metrics
+               for test in [self.baseline and self.paired(group, tag)]):
+            pairs = f"that differ in {self.by} alone" if self.by else "of one seed"
+            lines.append(f"p: of a difference as large by chance, by the paired t-test over n pairs of runs {pairs}")
         lines += [f"{MARK} {group.label}: {self.mark(group)}" for group in self.groups if self.mark(group)]
-        lines += [f"{group.label}: {self.settings(group)}" for group in self.groups if self.settings(group)]
+        lines += [f"{group.label}: {said}" for group in self.groups if (said := self.settings(group))]
         return lines + [f"not averaged in: {run.name}, {run.status} {run.problem}" for run in self.left_out]
 
     def settings(self, group: Group) -> str:
-        """What was set otherwise than for the baseline, whose value stands in brackets."""
+        """What was set otherwise than for the baseline, whose value stands in brackets; of runs under one setting, in
+        what else they differ.
+        """
+        if self.by:
+            found = {key for run in group.runs for key in differing(run.config, group.runs[0].config)}
+            names = ", ".join(sorted(found - {"seed_everything"}))
+            return f"its runs differ in {names}" if names else ""
         found = differing(group.runs[0].config, self.baseline.runs[0].config)
         return ", ".join(f"{key} {our} ({their})" for key, (our, their) in found.items() if key != "seed_everything")
 
@@ -150,12 +169,21 @@ class Comparison:
                 value = group.statistic(tag)
                 record |= {tag: value and value.mean, f"{tag} std": value and value.std, f"{tag} n": value and value.n,
                            f"{tag} difference": self.difference(group, tag), f"{tag} best": group in best[tag]}
+                test = self.paired(group, tag)
+                record |= {f"{tag} p": test and test.p, f"{tag} pairs": test and test.n}
             records.append(record)
         for run in self.left_out:
             records.append({"run": run.name, "status": run.status, "problem": run.problem,
                             "seeds": str(run.results.get("seed", "")),
                             **{key: run.results.get(key) for key in _DESCRIBED}})
         return records
+
+
+def pair(one: Group, other: Group, tag: str) -> Paired | None:
+    """The differences of a metric between runs of two groups that are matched; None where no two are."""
+    ours, theirs = one.measured(tag), other.measured(tag)
+    shared = [key for key in ours if key in theirs]
+    return paired([ours[key] for key in shared], [theirs[key] for key in shared]) if shared else None
 
 
 def _duration(seconds: float) -> str:

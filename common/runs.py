@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Run:
         arm: equal for runs that differ in seed alone.
         status: finished, unfinished, failed or unreadable; only finished runs enter a mean.
         problem: what to say of a run that is not finished.
-        config: what its results depend on, flattened.
+        config: what its results depend on, flattened; empty where it cannot be read.
     """
 
     folder: Path
@@ -46,6 +46,20 @@ class Run:
     @property
     def seed(self) -> int:
         return self.results["seed"]
+
+    def setting(self, name: str) -> Any:
+        """What a hyper-parameter was: a key of results.json, or one of the config, whole or its last words
+        (model.optim.lr, optim.lr); None where the run has none.
+
+        Raises:
+            InputError: several keys of the config end so.
+        """
+        if name in self.results:
+            return self.results[name]
+        keys = [key for key in self.config if key == name or key.endswith(f".{name}")]
+        if len(keys) > 1 and name not in keys:
+            raise InputError(f"{name}: stands for several settings of {self.folder}: {', '.join(keys)}")
+        return self.config[name if name in keys else keys[0]] if keys else None
 
 
 class Statistic(NamedTuple):
@@ -67,14 +81,29 @@ def digits(tag: str, *values: float | None) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that differ in seed alone, their own or that of the weights they start from."""
+    """Finished runs under one name: those that differ in seed alone, or those that share a setting.
+
+    Attributes:
+        pairing: by it a run is paired with one of another group: the seed, or all but the shared setting.
+    """
 
     label: str
     runs: tuple[Run, ...]
+    pairing: tuple[Hashable, ...]
 
     def __getitem__(self, key: str) -> Any:
-        """What results.json says of the arm, the same for all its seeds: dataset, epochs, patch_size ..."""
-        return self.runs[0].results.get(key)
+        """What results.json says of all its runs: dataset, epochs, patch_size ...; None where they differ."""
+        values = [run.results.get(key) for run in self.runs]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    def said(self, key: str) -> str:
+        """The same in words, with all values where they differ."""
+        return ", ".join(dict.fromkeys(str(run.results.get(key)) for run in self.runs))
+
+    def measured(self, tag: str) -> dict[Hashable, float]:
+        """A metric of the runs that have it, by what they are paired by."""
+        return {key: run.results["metrics"][tag] for key, run in zip(self.pairing, self.runs, strict=True)
+                if tag in run.results["metrics"]}
 
     def statistic(self, tag: str) -> Statistic | None:
         """Of a metric over the runs that measured it; None where none did."""
@@ -87,6 +116,34 @@ class Group:
 def is_run_folder(folder: Path) -> bool:
     names = ("results.json", "config.yaml")
     return any((folder / name).is_file() for name in names) or any(folder.glob("events.out.tfevents.*"))
+
+
+def chosen(runs: Iterable[Run], conditions: Iterable[str]) -> list[Run]:
+    """The runs that meet all conditions, each of the form KEY=VALUE[,VALUE]; a run that cannot be read stays, to be
+    named.
+
+    Raises:
+        InputError: a condition of another form, or one that no run meets.
+    """
+    runs = list(runs)
+    for condition in conditions:
+        name, equals, values = condition.partition("=")
+        if not (name and equals and values):
+            raise InputError(f"--where {condition}: give KEY=VALUE, such as patch_size=1 or optim.lr=4e-3,1e-3")
+        known = {str(run.setting(name)) for run in runs if run.results}
+        wanted = {text for value in values.split(",") for text in known if _same(text, value)}
+        if not wanted:
+            raise InputError(f"--where {condition}: no run has it; {name} is {', '.join(sorted(known)) or 'unknown'}")
+        runs = [run for run in runs if not run.results or str(run.setting(name)) in wanted]
+    return runs
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two texts are one value; 4e-3 is 0.004."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -137,7 +194,8 @@ def read_run(folder: Path) -> Run:
     failed = results["status"] == "failed"
     place = f"at epoch {results.get('epoch', 0)} of {results.get('epochs', '?')}"
     reason = f": {results['error']}" if failed and results.get("error") else ""
-    return Run(folder, results, arm_hash(config), "failed" if failed else "unfinished", place + reason)
+    return Run(folder, results, arm_hash(config), "failed" if failed else "unfinished", place + reason,
+               covered(config))
 
 
 def trained(source: str | Path) -> dict[str, Any] | None:
@@ -156,7 +214,9 @@ def changed_source(results: dict[str, Any]) -> str | None:
     return record["source"] if then and now and then != now else None
 
 
-def group_runs(runs: Iterable[Run], labels: Mapping[Path, str] | None = None) -> tuple[list[Group], list[Run]]:
+def group_runs(
+    runs: Iterable[Run], labels: Mapping[Path, str] | None = None, by: str | None = None
+) -> tuple[list[Group], list[Run]]:
     """Finished runs by arm, in the order given, and the runs that enter no mean.
 
     A second run of the same arm and seed is no further sample, since a run is a function of its config; it is among
@@ -164,22 +224,45 @@ def group_runs(runs: Iterable[Run], labels: Mapping[Path, str] | None = None) ->
 
     Args:
         labels: names of the arms by run folder; otherwise a run's name without its seed, where that is unambiguous.
+        by: a setting whose equal values make a group, in place of the arm.
     """
-    arms: dict[str, dict[tuple[int, str], Run]] = {}
+    samples: dict[tuple[str, int, str], Run] = {}
     left_out: list[Run] = []
     for run in runs:
         if run.status != "finished":
             left_out.append(run)
-        elif (first := arms.setdefault(run.arm, {}).setdefault(_sample(run), run)) is not run:
+        elif (first := samples.setdefault((run.arm, *_sample(run)), run)) is not run:
             left_out.append(Run(run.folder, run.results, run.arm, "repeat", f"of {first.folder}"))
-    members = [tuple(by_seed[key] for key in sorted(by_seed)) for by_seed in arms.values()]
-    names = [(labels or {}).get(group[0].folder) for group in members]
+    return (_by_setting(samples.values(), by) if by else _by_arm(samples.values(), labels or {})), left_out
+
+
+def _by_arm(runs: Iterable[Run], labels: Mapping[Path, str]) -> list[Group]:
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, []).append(run)
+    members = [tuple(sorted(arm, key=_sample)) for arm in arms.values()]
+    names = [labels.get(group[0].folder) for group in members]
     candidates = [[_without_seed(group[0]), group[0].name, str(group[0].folder)] for group in members]
     for level in range(3):
         taken = [name or options[level] for name, options in zip(names, candidates, strict=True)]
         names = [name if name or taken.count(option) > 1 else option
                  for name, option in zip(names, taken, strict=True)]
-    return [Group(name, group) for name, group in zip(names, members, strict=True)], left_out
+    return [Group(name, group, tuple(run.seed for run in group)) for name, group in zip(names, members, strict=True)]
+
+
+def _by_setting(runs: Iterable[Run], name: str) -> list[Group]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(str(run.setting(name)), []).append(run)
+    if set(groups) == {"None"}:
+        raise InputError(f"--by {name}: no run has this setting; it is a key of results.json or of a run's config.yaml")
+    return [Group(f"{name} {value}", tuple(members), tuple(_all_but(run, name) for run in members))
+            for value, members in groups.items()]
+
+
+def _all_but(run: Run, name: str) -> frozenset[tuple[str, str]]:
+    return frozenset((key, str(value)) for key, value in run.config.items()
+                     if key != name and not key.endswith(f".{name}"))
 
 
 def _sample(run: Run) -> tuple[int, str]:

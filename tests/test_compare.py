@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scipy.stats import ttest_rel
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -19,6 +20,7 @@ from common.comparison import Comparison
 from common.errors import InputError
 from common.figure import over_seeds, read_curves, smoothed
 from common.runs import find_runs, read_run
+from common.significance import paired
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,7 +183,7 @@ def test_metric_that_some_runs_lack(two_arms):
 def test_files(two_arms, make_run):
     comparison = Comparison(find_runs([*two_arms, make_run("dead", 1.0, status="failed")]))
     text = markdown(comparison)
-    assert "| **96.00 ± 1.00 (3)** | +4.00 |" in text and "| 92.00 ± 2.00 (3) | - |" in text
+    assert "| **96.00 ± 1.00 (3)** | +4.00 (p = 0.02, n = 3) |" in text and "| 92.00 ± 2.00 (3) | - |" in text
     assert "| digits-nano-p2 (baseline) | digits | 10 x 128 | 117,130 | 1m 01s |" in text
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {10}
 
@@ -255,6 +257,9 @@ def test_metrics_of_two_studies_share_a_table(two_arms, make_run):
     (["good", "--figure", "curves.jpeg2000"], "--figure curves.jpeg2000"),
     (["good", "--baseline", "x"], "--baseline x"),
     (["good", "--json", "file/a.json"], "file"),
+    (["good", "--where", "patch_size"], "--where patch_size: give KEY=VALUE"),
+    (["good", "--where", "patch_size=3"], "--where patch_size=3: no run has it; patch_size is 2"),
+    (["good", "--by", "model.depht"], "--by model.depht: no run has this setting"),
 ])
 def test_errors_are_one_line(make_run, tmp_path, arguments, message):
     make_run("r", 90.0).rename(tmp_path / "good")
@@ -264,6 +269,50 @@ def test_errors_are_one_line(make_run, tmp_path, arguments, message):
                           text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_differences_are_tested_over_the_seeds_that_both_have(two_arms, make_run):
+    """Against scipy.stats; a seed that one arm alone has enters its mean, and no pair."""
+    comparison = Comparison(find_runs([*two_arms, make_run("digits-nano-p1-s3", 60.0, 3, 1)]))
+    one = comparison.groups[0]
+    assert comparison.difference(one, "val/acc1") == pytest.approx(87.0 - 92.0)
+    test = comparison.paired(one, "val/acc1")
+    assert (test.mean, test.std, test.n) == (4.0, 1.0, 3)
+    assert test.p == pytest.approx(ttest_rel([95, 96, 97], [90, 92, 94]).pvalue)
+    record = next(record for record in comparison.records() if record["run"] == one.label)
+    assert (record["val/acc1 p"], record["val/acc1 pairs"]) == (test.p, 3)
+
+
+@pytest.mark.parametrize("ours, theirs, p", [([1.0], [2.0], None), ([1.0, 2.0], [1.0, 2.0], 1.0),
+                                             ([2.0, 3.0], [1.0, 2.0], 0.0)])
+def test_pairs_that_leave_nothing_to_chance(ours, theirs, p):
+    assert paired(ours, theirs).p == p
+
+
+def test_only_chosen_runs_are_compared(two_arms, make_run, capsys):
+    unreadable = make_run("broken", 1.0)
+    (unreadable / "results.json").write_text("{")
+    folders = [str(folder) for folder in [*two_arms, unreadable]]
+    assert main([*folders, "--no-figure", "--where", "model.patch_size=1", "--where", "seed=0,2.0"]) == 0
+    out = capsys.readouterr().out
+    assert "96.00 ± 1.41 (2)" in out and "digits-nano-p2" not in out and "broken, unreadable" in out
+
+
+def test_rows_by_any_setting(make_run):
+    """Two patch sizes at two batches: a row a patch size, whose differences are between runs of one batch."""
+    values = {(1, 128): 95.0, (1, 256): 90.0, (2, 128): 93.0, (2, 256): 89.0}
+    runs = [make_run(f"r{patch}-{batch}", value, 0, patch, batch_size=batch)
+            for (patch, batch), value in values.items()]
+    comparison = Comparison(find_runs(runs), by="patch_size")
+    one, two = comparison.groups
+    assert (one.label, one.statistic("val/acc1").n) == ("patch_size 1", 2)
+    test = comparison.paired(one, "val/acc1")
+    assert (test.mean, test.n) == (1.5, 2)
+    assert test.p == pytest.approx(ttest_rel([95, 90], [93, 89]).pvalue)
+    assert comparison.settings(one) == "its runs differ in data.batch_size"
+    assert comparison.rows()[0][2].text == "10 x 128, 256" and not comparison.mark(one)
+    by_batch = Comparison(find_runs(runs), by="data.batch_size")
+    assert by_batch.mark(by_batch.groups[1])  # another budget is marked, whatever the rows are
 
 
 def test_two_hundred_runs_are_read_quickly(make_run):
