@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.command import run_command
 from common.errors import InputError
-from common.paper.exhibits import STUDIES, Start, read_exhibits
+from common.paper.exhibits import STUDIES, Start, read_exhibits, runs_of
 from common.paper.state import state
 
 SCRIPTS = Path("common/slurm")
@@ -48,7 +48,7 @@ def training(study: str, words: list[str], options: argparse.Namespace) -> Itera
 def arrays(id: str, words: list[str], options: argparse.Namespace) -> Iterator[tuple[list[str], str]]:
     """An array of the runs that start from nothing, one of those that start from them, and so on."""
     exhibits = read_exhibits()
-    if id not in exhibits:
+    if id not in (*exhibits, "all"):
         raise InputError(f"{id}: neither a study ({', '.join(STUDIES)}) nor a table or figure ({', '.join(exhibits)})")
     parser = argparse.ArgumentParser("python -m common.submit", allow_abbrev=False)
     parser.add_argument("--scale", required=True)
@@ -56,10 +56,15 @@ def arrays(id: str, words: list[str], options: argparse.Namespace) -> Iterator[t
     chosen = parser.parse_args(words)
     if chosen.seeds is not None and chosen.seeds < 1:
         raise InputError(f"--seeds {chosen.seeds}: give a number of seeds, 1 or more")
-    starts = exhibits[id].scale(chosen.scale).starts(chosen.seeds)
+    if id != "all":
+        exhibits[id].scale(chosen.scale)  # which it must have
+    starts = runs_of(exhibits.values() if id == "all" else [exhibits[id]], chosen.scale, chosen.seeds)
     levels: dict[int, list[int]] = {}
+    folders: set[Path] = set()
     for number, start in enumerate(starts):
-        if state(start) != "finished":
+        folder = start.located[0]
+        if folder not in folders and state(start) != "finished":  # two arms may be one run by other words
+            folders.add(folder)
             levels.setdefault(_level(start), []).append(number)
     if not levels:
         print(f"{id}, {chosen.scale}: all {len(starts)} runs are finished")

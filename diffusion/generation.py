@@ -89,12 +89,19 @@ class Generation(Experiment):
         return Cost(net.tokens, parameters, flops, 3 * flops, activation_bytes(net, self.precision))
 
     def notes(self, net: DiT) -> dict[str, Any]:
-        data, sampling = self.trainer.datamodule, self.predict
-        forwards = sampling.steps * (2 if sampling.guidance > 1 else 1)
+        data = self.trainer.datamodule
         return {
             "latent": "x".join(map(str, (*data.input_size, data.input_channels))),
-            "sampling": f"{forwards} forwards, {forwards * forward_flops(net) / 1e9:.4g} GFLOP a sample",
+            "sampling": f"{self._forwards} forwards, {self._forwards * forward_flops(net) / 1e9:.4g} GFLOP a sample",
         }
+
+    @property
+    def _forwards(self) -> int:
+        """Of the net, for a sample."""
+        return self.predict.steps * (2 if self.predict.guidance > 1 else 1)
+
+    def test_flops(self, net: DiT) -> int:
+        return self.predict.samples * self._forwards * forward_flops(net)
 
     # Training
 

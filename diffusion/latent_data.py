@@ -101,6 +101,13 @@ class LatentData(ImageData):
         if replace(self.augment, flip=0.0) != replace(PLAIN, interpolation=self.augment.interpolation):
             raise InputError("data.augment: latents are encoded once, so all of it but flip must be off")
 
+    def without_files(self) -> int:
+        """Of an autoencoder that is not at hand, the form is the published one of the paper's latents."""
+        if self.autoencoder_source and self.autoencoder is None:
+            with torch.device("meta"):
+                self.autoencoder = Autoencoder()
+        return super().without_files()
+
     def setup(self, stage: str) -> None:
         if self.assumed_classes and stage in ("fit", "validate"):
             raise InputError(f"data.assumed_classes: {self.assumed_classes} is for predict and test alone; {stage} "

@@ -36,6 +36,7 @@ class DepthSource:
     name: str
     training_crop: Crop | None = None  # of the full image, before the augmentation
     evaluation_crop: Crop | None = None  # of the full depth map: the pixels that are scored
+    published: int | None = None  # training images, for what a run costs without the files
 
     def frames(self, split: str, root: Path) -> Frames:
         """The split train, val or test, from files below `root`."""
@@ -149,6 +150,9 @@ class DepthData(GlobalBatchData):
 
     def describe(self) -> list[str]:
         return self.source.describe(self.root)
+
+    def without_files(self) -> int:
+        return self.source.published or len(self.source.frames("train", self.root))
 
     def load(self, split: str) -> Dataset:
         if split == "predict":

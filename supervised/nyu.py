@@ -42,6 +42,7 @@ class Nyu(DepthSource):
         self, folder: str = "nyu_depth_v2", train_list: str | None = None, test_list: str | None = None
     ) -> None:
         self.folder, self.train_list, self.test_list = folder, train_list, test_list
+        self.published = None if train_list else 795
 
     def frames(self, split: str, root: Path) -> Frames:
         folder = root / self.folder

@@ -38,6 +38,7 @@ class Rooms(DepthSource):
         self, size: tuple[int, int] = (48, 64), train: int = 2000, val: int = 300, test: int = 300, seed: int = 0
     ) -> None:
         self.counts = {"train": train, "val": val, "test": test}
+        self.published = train
         for key, value in {**self.counts, "size": min(size)}.items():
             if value < 1:
                 raise InputError(f"data.source.{key}: {value} is not positive")

@@ -13,18 +13,21 @@ import yaml
 
 from common.errors import InputError
 from common.identity import arm_hash, config_hash, covered
+from common.paper import cost
 from common.paper.exhibits import Start, read_exhibits
 from common.paper.listing import _states, show
-from common.paper.running import run
+from common.paper.running import Pace, run, run_all
 from common.paper.state import state
 from common.runs import changed_source
 from common.runs import trained as trained_as
 
 ROOT = Path(__file__).parent.parent
+GENERATED_IDS = ("T1", "T2")
 IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9", "F6", "F7", "F8", "App-D")
 MAE_IDS = ("T4a", "T4b")
 DIFFUSION_IDS = ("T5", "T6", "F3")
 LOCALITY_IDS = ("F4", "F5-left", "F5-right", "PE", "T7", "T8", "T9", "scope", "shuffle")
+PRICES = {patch: cost.Price(1_000_000, 6_000_000 // patch**2, 0, 1000, 10) for patch in (1, 2, 4)}
 CHAIN = {
     "arms": {
         "S/2": {"model.patch_size": 2},
@@ -39,6 +42,7 @@ CHAIN = {
 def exhibits(tmp_path, monkeypatch):
     """One exhibit of two arms in study folders of the test's own; the working directory is those folders' parent."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cost, "computed", lambda start: PRICES[start.arm.overrides.get("model.patch_size", 1)])
     for file in ("supervised/configs/tiny_set.yaml", "mae/configs/tiny_set.yaml", "mae/configs/tiny_set_finetune.yaml"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"# Where lr of {file} comes from.\n#\n# Steps: 9.\nmodel: {{}}\n")
@@ -135,6 +139,7 @@ def test_show_names_sources_statements_and_commands(exhibits):
     exhibit = exhibits()["X1"]
     text = "\n".join(show(exhibit, {"demo": exhibit.scale("demo")}))
     for part in ("val/acc1: S/1 - S/2 = +1.5", "unknown: both values", "hyper-parameters: supervised/configs/tiny_set",
+                 "cost by formula: 4.2 min\n",  # two seeds of 6e12 and 1.5e12 FLOP at 60 GFLOP/s
                  "Where lr of supervised/configs/tiny_set.yaml comes from.\n    \n    Steps: 9.", "# S/1, seed 1",
                  exhibit.scale("demo").starts()[0].shown("fit")):
         assert text.count(part) == 1  # both arms have one config
@@ -174,7 +179,11 @@ with open("calls", "a") as calls:
     print("drawing", *sys.argv[1:], file=calls)
 if pathlib.Path("undrawable").exists():
     sys.exit(2)
+figure = pathlib.Path(sys.argv[sys.argv.index("--figure") + 1])
+figure.parent.mkdir(parents=True, exist_ok=True)
+figure.write_bytes(b"a picture")
 ''')
+    (tmp_path / "printing.py").write_text("import sys; print('| seven |\\n| --- |\\n|', sys.argv[1], '|')")
     for name in ("supervised", "mae"):
         (tmp_path / name / "__init__.py").touch()
         (tmp_path / name / "__main__.py").write_text('''
@@ -217,11 +226,12 @@ def test_run_trains_each_arm_once_and_compares(study, capfd):
     assert run(study, study.scale("demo"), None) == 0
     assert calls() == [f"runs/supervised/tiny_set-p{patch}-s{seed}" for seed in (0, 1) for patch in (2, 1)]
     out = capfd.readouterr().out
-    assert "X1 demo, 2 of 4: S/1, seed 0" in out
+    assert "X1 demo, 1 of 4: S/2, seed 0: 1.5e+12 FLOP; 4.2 min by formula" in out
+    assert "X1 demo, 2 of 4: S/1, seed 0: 6e+12 FLOP; about 0 min left" in out  # at the speed of the first
     # By hand: /1 has 94 and 95, /2 has 92 and 93.
     assert "94.50 ± 0.71 (2) *" in out and "+2.00" in out
-    assert "here: val/acc1: S/1 - S/2 = +2.00 (n = 2)" in out
-    text = Path("runs/paper/X1-demo/comparison.md").read_text()
+    assert "here: val/acc1: S/1 - S/2 = +2.00 ± 0.00 (p < 0.001, n = 2)" in out
+    text = Path("runs/paper/X1-demo/report.md").read_text()
     assert "| S/2 (baseline) |" in text and "- paper: val/acc1: S/1 - S/2 = +1.5" in text
     assert Path("runs/paper/X1-demo/comparison.png").stat().st_size
 
@@ -250,8 +260,8 @@ def test_a_run_that_starts_from_another_comes_after_it_and_is_compared_alone(stu
     assert calls() == [call.format(seed) for seed in (0, 1) for call in (SCRATCH, BEFORE, TUNED)]
     out = capfd.readouterr().out
     # By hand, as above: both seeds are in one mean although their weights come from two folders.
-    assert "94.50 ± 0.71 (2) *" in out and "here: val/acc1: S/1 - S/2 = +2.00 (n = 2)" in out
-    text = Path("runs/paper/X1-demo/comparison.md").read_text()
+    assert "94.50 ± 0.71 (2) *" in out and "here: val/acc1: S/1 - S/2 = +2.00 ± 0.00 (p < 0.001, n = 2)" in out
+    text = Path("runs/paper/X1-demo/report.md").read_text()
     assert "| S/2 (baseline) |" in text and "| S/1 |" in text and "| before" not in text
     assert _states(chain.scale("demo")) == "6 finished"
 
@@ -291,8 +301,8 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
     assert calls() == [*expected, drawn]
     out = capfd.readouterr().out
     assert "20.50 ± 0.71 (2)" in out and "10.50 ± 0.71 (2) *" in out and "1.0000 ± 0.0000 (2)" in out
-    assert "here: test/fid: S/1 - S/2 = -10.00 (n = 2)" in out
-    assert "![figure](figure.png)" in Path("runs/paper/X1-demo/comparison.md").read_text()
+    assert "here: test/fid: S/1 - S/2 = -10.00 ± 0.00 (p < 0.001, n = 2)" in out
+    assert "![X1, figure](figure.png)" in Path("runs/paper/X1-demo/report.md").read_text()
     shown = "\n".join(show(generated, {"demo": scale}))
     assert "judged by val/loss" in shown and "judged by test/fid" in shown and f"  python -m {drawn}" in shown
     assert shown.count("python -m supervised test ") == 4 and "python -m mae test" not in shown
@@ -303,7 +313,7 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
     assert _states(scale) == "4 finished, 1 not tested"
     Path("undrawable").touch()
     assert run(generated, scale, None) == 2
-    assert "![figure]" not in Path("runs/paper/X1-demo/comparison.md").read_text()
+    assert "![figure]" not in Path("runs/paper/X1-demo/report.md").read_text()
     assert calls()[len(expected) + 1 :] == [f"test {runs[1][1]}", drawn]
     assert "X1 demo, its figure: stopped with exit code 2" in capfd.readouterr().err
 
@@ -410,13 +420,21 @@ def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["show", "T99"], "T99: no such table or figure; there is T3a"),
+    (["show", "T99"], "T99: no such table or figure; there is T1, T2, T3a"),
     (["show", "T3a", "--scale", "huge"], "--scale huge: T3a has no such scale; it has demo"),
     (["run", "T3a", "--scale", "demo", "--seeds", "0"], "--seeds 0"),
 ])
 def test_errors_are_one_line(arguments, message):
     done = subprocess.run([sys.executable, "-m", "common.paper", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_generated_tables():
+    exhibits = read_exhibits()
+    assert {name: exhibits[name].scale("demo").prints for name in GENERATED_IDS} == {
+        "T1": ("common.paper.tables", "designs"), "T2": ("common.paper.tables", "sizes")}
+    assert not any(exhibits[name].scale(scale).arms for name in GENERATED_IDS for scale in ("demo", "paper"))
+    assert "  python -m common.paper.tables sizes" in show(exhibits["T2"], exhibits["T2"].scales)
 
 
 def test_supervised_exhibits():
@@ -489,10 +507,57 @@ def test_a_figure_of_no_training_is_drawn_alone(study, capfd):
                        scales={"demo": None, "paper": {"draws": "drawing"}}).values()
     assert run(exhibit, exhibit.scale("demo"), None) == 0
     assert calls() == ["drawing --figure runs/paper/X1-demo/figure.png --rows 2"]
-    assert not Path("runs/paper/X1-demo/comparison.md").exists()
+    assert "![X1, figure](figure.png)" in Path("runs/paper/X1-demo/report.md").read_text()
     shown = list(show(exhibit, exhibit.scales))
     assert shown[0] == "X1: one against two"
     assert "  python -m drawing --figure runs/paper/X1-paper/figure.png" in shown
+
+
+def test_a_generated_table_is_kept_and_shown(study, capfd):
+    (exhibit,) = study(metric=None, arms=None, paper=None, prints="printing 7", scales={"demo": None}).values()
+    assert run(exhibit, exhibit.scale("demo"), None) == 0
+    assert "| seven |" in capfd.readouterr().out
+    assert "\n\n| seven |\n| --- |\n| 7 |\n" in Path("runs/paper/X1-demo/report.md").read_text()
+
+
+def test_all_runs_share_arms_and_outlive_a_failure(study, tmp_path, capfd):
+    """X2 has an arm of X1 and one that fails; X3 cannot be judged; X4 has no such scale, and X5 is done at last."""
+    exhibit = study()["X1"]
+    arms = {"S/2": {"model.patch_size": 2, "data.image_size": [8, 8]}}
+    entry = {"shows": "more", "metric": "val/acc1", "scales": {"demo": {"config": "tiny_set", "arms": arms}}}
+    broken = {"S/2": arms["S/2"], "S/1": {"model.patch_size": 1, "data.image_size": [8, 8]}}
+    others = {"X2": entry | {"scales": {"demo": {"config": "tiny_set", "arms": broken}}},
+              "X3": entry | {"metric": "test/is"},
+              "X4": entry | {"scales": {"paper": {"config": "tiny_set", "arms": arms}}}, "X5": entry}
+    path = tmp_path / "supervised" / "paper.yaml"
+    both = {"X1": yaml.safe_load(path.read_text())["X1"] | {"arms": arms, "paper": {}}, **others}
+    path.write_text(yaml.safe_dump(both, sort_keys=False))
+    exhibits = read_exhibits(tmp_path)
+    Path("broken").touch()
+    assert exhibit.id == "X1" and run_all(exhibits.values(), "demo", 1) == 1
+    assert calls() == ["runs/supervised/tiny_set-p2-s0", "runs/supervised/tiny_set-p1-s0",
+                       "test runs/supervised/tiny_set-p2-s0"]
+    said = capfd.readouterr()
+    assert "X4: has no scale demo" in said.out and "X5 demo, 1 of 1: S/2, seed 0: finished" in said.out
+    assert "X2: not done: exit code 3\nX3: not done: supervised/paper.yaml: X3" in said.err
+
+
+def test_a_training_that_was_asked_to_stop_is_followed_by_no_other(study, monkeypatch):
+    exhibit = study()["X1"]
+    monkeypatch.setattr("common.paper.running.run", lambda *_: 75)
+    assert run_all([exhibit, exhibit], "demo", 1) == 75
+
+
+def test_time_left_follows_the_speed_of_the_runs_so_far(exhibits):
+    exhibit = exhibits()["X1"]
+    two, one, *_ = starts = exhibit.scale("demo").starts(2)
+    pace = Pace(starts, "demo")
+    assert pace.left() == "4.2 min by formula"  # 2 * (6 + 1.5) TFLOP at 60 GFLOP/s
+    pace.done(two, seconds=150)  # 1.5 TFLOP at 10 GFLOP/s
+    assert pace.left() == "about 22 min left"  # 13.5 TFLOP
+    pace.done(one)
+    assert pace.left() == "about 12 min left"
+    assert Pace(starts, "paper").left() == "5.3e-06 H200 h by formula"
 
 
 def test_locality_exhibits():
@@ -518,7 +583,7 @@ def test_locality_exhibits():
     assert not exhibits["F4"].scale("demo").arms
 
 
-@pytest.mark.parametrize("name", IDS + MAE_IDS + DIFFUSION_IDS + LOCALITY_IDS)
+@pytest.mark.parametrize("name", GENERATED_IDS + IDS + MAE_IDS + DIFFUSION_IDS + LOCALITY_IDS)
 def test_every_arm_parses_on_the_real_command_line(name, monkeypatch):
     """Every override is a key of its config, and no two arms of a scale fall into one run folder."""
     monkeypatch.chdir(ROOT)

@@ -242,7 +242,7 @@ def test_a_number_is_that_of_the_run_that_show_lists_there(capsys: pytest.Captur
     for scale, runs in read_exhibits()[id].scales.items():
         assert paper_main(["show", id, "--scale", scale]) == 0
         shown = capsys.readouterr().out.splitlines()
-        heads = [line for line in shown if re.fullmatch(r"  # .*, seed \d+", line)]
+        heads = [line for line in shown if re.fullmatch(r"  # .*, seed \d+: .* FLOP, .*", line)]
         if not runs.starts():
             assert not heads
             continue

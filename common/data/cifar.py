@@ -47,6 +47,11 @@ class Cifar(Source):
 
     resident = True
     note = "val is test"
+
+    @property
+    def published(self) -> tuple[int, int]:
+        return 50_000, len(self.classes.split())
+
     binary: Release
     python: Release
     label_bytes: int  # of a binary record; the last one is the label that counts

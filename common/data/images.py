@@ -116,6 +116,13 @@ class ImageData(GlobalBatchData):
         """Printable lines: classes, and images of each split."""
         return describe(self.source, self.root)
 
+    def without_files(self) -> int:
+        if self.source.published is None:
+            return len(self.source.labels(self.root, "train"))
+        images, classes = self.source.published
+        self.class_names = [str(number) for number in range(classes)]
+        return images
+
     def load(self, split: str) -> Dataset:
         if split == "predict":
             return FileSet(self._files_to_predict(), None, self.channels, self._preparation(split))

@@ -114,6 +114,10 @@ class GlobalBatchData(L.LightningDataModule):
         """The data set of a split: train, val, test or predict."""
         raise InputError(f"{type(self).__name__} has no split {split!r}")
 
+    def without_files(self) -> int:
+        """Makes a net for these data buildable where the files are not at hand; the number of training images."""
+        raise NotImplementedError
+
     def setup(self, stage: str) -> None:
         for split in {"fit": ["train", "val"], "validate": ["val"]}.get(stage, [stage]):
             if split not in self.sets:

@@ -32,6 +32,7 @@ class Source:
     resident = False  # small enough to be held decoded in memory
     layout = "embedded, nothing to lay out"  # below the root
     note = ""  # what a reader of results must know of the splits
+    published: tuple[int, int] | None = None  # training images and classes, for what a run costs without the files
 
     def class_names(self, root: Path) -> list[str]:
         """The classes in the order of the labels, known without reading pixels."""

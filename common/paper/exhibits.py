@@ -19,7 +19,7 @@
           set: {trainer.max_epochs: 20}   # overrides of all arms; an arm's own go first
           arms: {...}                     # in place of the arms above
           seeds: 3                        # seeds 0, 1, 2; one where it is left out
-          metric: ...                     # in place of the one above, as is draws
+          metric: ...                     # in place of the one above, as are draws and prints
 
 Two keys of an arm are no overrides:
 
@@ -37,17 +37,19 @@ own, which is given the compared arms' run folders:
 
       draws: diffusion.side_by_side --model.predict.guidance 4.0
 
-A figure of no training has neither arms nor a config and a metric.
+A table that is generated is what such a command prints, in Markdown (`prints: common.paper.tables sizes`). What needs
+no training has neither arms nor a config and a metric.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,9 +67,11 @@ STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
 ROOT = Path(__file__).parent.parent.parent
 RUNS = Path("runs")
 
-_KEYS = {"shows": str, "metric": object, "draws": str, "paper": dict, "arms": dict, "scales": dict}
+_KEYS = {"shows": str, "metric": object, "draws": str, "prints": str, "paper": dict, "arms": dict, "scales": dict}
+_COMMANDS = ("draws", "prints")
 _PAPER_KEYS = {"values": dict, "differences": dict, "says": str, "unknown": str}
-_SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "set": dict, "arms": dict, "seeds": int}
+_SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "prints": str, "set": dict,
+               "arms": dict, "seeds": int}
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ class Start:
         return ["--config", os.path.relpath(self.arm.config), *(word for pair in pairs for word in pair)]
 
     @property
+    def identity(self) -> tuple:
+        """Equal for runs of several exhibits that are one, as far as can be told without a parser."""
+        overrides = {key: value for key, value in self.arm.overrides.items() if key != "seed_everything"}
+        sources = tuple((option, source.identity) for option, source in sorted(self.sources.items()))
+        return (os.path.relpath(self.arm.config, ROOT), json.dumps(overrides, sort_keys=True), self.seed, sources)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         return ("fit", "test") if self.judged_by else ("fit",)
 
@@ -116,25 +127,37 @@ class Start:
     @property
     def located(self) -> tuple[Path, str]:
         """The run folder, and the hash of the config that belongs into it."""
-        return self._parsed.folder, config_hash(self._parsed.resolved)
+        folder, config = _read(self.arm.study, tuple(self.arguments))
+        return folder, config_hash(config)
 
     @property
     def sampling(self) -> dict[str, Any]:
         """What a test of a generative model samples, as its record names it."""
-        options = flatten(self._parsed.resolved)
+        options = flatten(_read(self.arm.study, tuple(self.arguments))[1])
         names = ("samples", "solver", "steps", "guidance", "guidance_channels", "seed")
         return {name: options[f"model.predict.{name}"] for name in names}
 
-    @cached_property
-    def _parsed(self) -> StudyCLI:
-        # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
-        from common.training.cli import StudyCLI
-
-        logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
-        return StudyCLI(self.arm.study, ["fit", *self.arguments], run=False)
+    def parsed(self) -> StudyCLI:
+        """Its command line, read and not run."""
+        return _parsed(self.arm.study, self.arguments)
 
     def shown(self, stage: str) -> str:
         return shlex.join(["python", *self.command(stage)[1:]])
+
+
+def _parsed(study: str, arguments: list[str]) -> StudyCLI:
+    # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
+    from common.training.cli import StudyCLI
+
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
+    return StudyCLI(study, ["fit", *arguments], run=False)
+
+
+@functools.cache
+def _read(study: str, arguments: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+    """The run folder and the config of a command; reading one takes a third of a second, and several ids share runs."""
+    cli = _parsed(study, list(arguments))
+    return cli.folder, cli.resolved
 
 
 def _typed(value: Any) -> str:
@@ -152,6 +175,7 @@ class Scale:
     metric: str
     columns: tuple[str, ...]
     draws: tuple[str, ...]
+    prints: tuple[str, ...]
 
     @property
     def sources(self) -> set[str]:
@@ -177,7 +201,10 @@ class Scale:
         """The command that draws the figure, to `figure`; it takes the time of locating the runs."""
         module, *options = self.draws
         folders = [str(start.located[0]) for start in self.compared(seeds)]
-        return [sys.executable, "-m", module, *folders, "--figure", str(self.folder(exhibit) / "figure.png"), *options]
+        return [sys.executable, "-m", module, *folders, "--figure", str(self.figure(exhibit)), *options]
+
+    def figure(self, exhibit: str) -> Path:
+        return self.folder(exhibit) / "figure.png"
 
     def folder(self, exhibit: str) -> Path:
         """Where its comparison and its figure lie."""
@@ -233,13 +260,25 @@ def read_exhibits(root: Path = ROOT) -> dict[str, Exhibit]:
     return exhibits
 
 
+def runs_of(exhibits: Iterable[Exhibit], scale: str, seeds: int | None) -> list[Start]:
+    """The runs of these exhibits that have the scale, those that several share once; what a run uses stands before it.
+    """
+    starts: dict[tuple, Start] = {}
+    for exhibit in exhibits:
+        for start in exhibit.scales[scale].starts(seeds) if scale in exhibit.scales else ():
+            key = start.identity
+            if key not in starts or start.judged_by and not starts[key].judged_by:
+                starts[key] = start
+    return list(starts.values())
+
+
 def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     where = f"{path}: {name}"
     _check(entry, _KEYS, where, needed=("shows", "scales"))
     paper = entry.get("paper", {})
     _check(paper, _PAPER_KEYS, f"{where}.paper")
     metric = _metrics(entry["metric"], where)[0] if "metric" in entry else ""
-    arms, judged = entry.get("arms", {}), {key: entry[key] for key in ("metric", "draws") if key in entry}
+    arms, judged = entry.get("arms", {}), {key: entry[key] for key in ("metric", *_COMMANDS) if key in entry}
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
@@ -252,9 +291,10 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
 def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict) -> Scale:
     where = f"{path}: {exhibit}.scales.{name}"
     content = _mapping(content, where, empty=True)
-    drawn = where if "draws" in content else f"{path}: {exhibit}"
+    given = {key: where if key in content else f"{path}: {exhibit}" for key in _COMMANDS}
     content = judged | content
-    training = "draws" not in content or arms or "arms" in content
+    training = not set(_COMMANDS) & set(content) or arms or "arms" in content
+    made_by = {key: _command(path, content[key], f"{given[key]}.{key}") if key in content else () for key in _COMMANDS}
     _check(content, _SCALE_KEYS, where, needed=("config", "metric") if training else ())
     if content.get("seeds", 1) < 1:
         raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
@@ -282,7 +322,7 @@ def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: 
     metrics = _metrics(content["metric"], where) if training else ("",)
     columns = metrics if training and isinstance(content["metric"], list) else ()
     return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
-                 _drawing(path, content["draws"], f"{drawn}.draws") if "draws" in content else ())
+                 **made_by)
 
 
 def _metrics(given: Any, where: str) -> tuple[str, ...]:
@@ -292,7 +332,7 @@ def _metrics(given: Any, where: str) -> tuple[str, ...]:
     return metrics
 
 
-def _drawing(path: Path, given: str, where: str) -> tuple[str, ...]:
+def _command(path: Path, given: str, where: str) -> tuple[str, ...]:
     """A module beside the study of `path`, and its options: a mistake is not to show after hours of training."""
     try:
         words = shlex.split(given)

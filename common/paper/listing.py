@@ -13,23 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import InputError
-from common.paper.exhibits import RUNS, Exhibit, Scale
+from common.paper.cost import duration, price
+from common.paper.exhibits import Exhibit, Scale, Start
 from common.paper.state import state
+from common.runs import read_run
 
 
 def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
-    table = Table("id", "shows", "scale", "arms", "seeds", "runs", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    columns = ("id", "shows", "scale", "arms", "seeds", "cost", "runs")
+    table = Table(*columns, box=None, header_style="bold", padding=(0, 2, 0, 0))
     for exhibit in exhibits.values():
         for position, (name, scale) in enumerate(exhibit.scales.items()):
             first = [exhibit.id, exhibit.shows] if position == 0 else ["", ""]
-            table.add_row(*first, name, str(len(scale.arms)), str(scale.seeds), _states(scale))
+            table.add_row(*first, name, str(len(scale.arms)), str(scale.seeds), _cost(scale), _states(scale))
     (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
 
 
+def _cost(scale: Scale) -> str:
+    starts = scale.starts()
+    return duration(sum(price(start).flops for start in starts), scale.name) if starts else "-"
+
+
 def _states(scale: Scale) -> str:
-    # A default folder begins with the config's name; where there is none, no parser is needed to know.
-    states = Counter(state(start) if any((RUNS / start.arm.study).glob(f"{start.arm.config.stem}-*")) else "missing"
-                     for start in scale.starts())
+    states = Counter(state(start) for start in scale.starts())
     return ", ".join(f"{count} {name}" for name, count in sorted(states.items()))
 
 
@@ -41,6 +47,8 @@ def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
         starts = scale.starts()
         yield ""
         yield f"{name}: {scale.shows or 'as published'}; arms: {len(scale.arms)}, seeds: {scale.seeds}"
+        if starts:
+            yield f"  cost by formula: {_cost(scale)}" + _measured(starts)
         if scale.metric != exhibit.metric:
             yield f"  judged by {scale.metric}"
         for config in dict.fromkeys(arm.config for arm in scale.arms):
@@ -48,18 +56,30 @@ def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
             yield from (f"    {line}" for line in _leading_comment(config))
         yield f"  overrides on the command line: {exhibit.study}/paper.yaml"
         for start in starts:
-            yield f"  # {start.arm.name}, seed {start.seed}"
+            yield f"  # {start.arm.name}, seed {start.seed}: {price(start).text()}"
             yield from (f"  {start.shown(stage)}" for stage in start.stages)
+        if scale.prints:
+            yield "  # the table"
+            yield f"  {shlex.join(['python', '-m', *scale.prints])}"
         if scale.draws:
             yield "  # the figure"
             yield f"  {shlex.join(['python', *scale.drawing(exhibit.id)[1:]])}"
 
 
-def commands(exhibit: Exhibit, scale: Scale, seeds: int | None, number: int | None) -> Iterator[str]:
+def _measured(starts: list[Start]) -> str:
+    """What the finished ones of these runs took, where there are any."""
+    done = [start for start in starts if state(start) == "finished"]
+    if not done:
+        return ""
+    seconds = sum(read_run(start.located[0]).results.get("train_seconds", 0) for start in done)
+    rate = sum(price(start).images * price(start).training_flops for start in done) / max(seconds, 1e-9)
+    return f"; measured: {len(done)} of {len(starts)} trained in {seconds / 60:,.1f} min, {rate / 1e9:,.0f} GFLOP/s"
+
+
+def commands(id: str, starts: list[Start], number: int | None) -> Iterator[str]:
     """A line a stage, STUDY STAGE ARGUMENTS, of one run by its number, or of all, each behind its number."""
-    starts = scale.starts(seeds)
     if number is not None and not 0 <= number < len(starts):
-        raise InputError(f"--number {number}: {exhibit.id} has the runs 0 to {len(starts) - 1} at scale {scale.name}")
+        raise InputError(f"--number {number}: {id} has the runs 0 to {len(starts) - 1}")
     for place, start in enumerate(starts):
         if number in (None, place):
             front = "" if number is not None else f"{place}\t"

@@ -1,37 +1,76 @@
-"""What an exhibit's runs came to, beside what the paper states."""
+"""What all runs came to, beside what the paper states: as Markdown, and as one HTML page.
+
+Every number is one that a run left in its folder, or the paper's, and called so; what is not known is called unknown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+import html
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from common.compare import draw_figure, markdown, print_table, write
-from common.comparison import Comparison
-from common.paper.exhibits import Exhibit, Scale
-from common.runs import find_runs
+from common.compare import write
+from common.paper.exhibits import RUNS, Exhibit
+from common.paper.section import Section
+
+FOLDER = RUNS / "paper"
+TITLE = "# Pixels as tokens: what was run"
+NOTE = """
+Numbers are mean ± standard deviation over seeds (how many). p is the probability of a difference as large by chance,
+by the paired t-test over the seeds that both have. Scales other than `paper` are other data or another budget, and no
+claim about the paper's.
+""".strip()
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 14px; display: block; overflow-x: auto }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; font-variant-numeric: tabular-nums }
+th { border-bottom: 2px solid #888 }
+img { max-width: 100%; height: auto }
+h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem }
+code { background: #f3f3f3; padding: .1rem .25rem; border-radius: 3px }
+"""
 
 
-def report(exhibit: Exhibit, scale: Scale, folders: Mapping[Path, str], drawn: bool) -> None:
-    """Prints the comparison, and writes its figure and Markdown below runs/paper/."""
-    comparison = Comparison(find_runs(folders), scale.columns, labels=folders)
-    title = f"{exhibit.id}: {scale.shows or exhibit.shows}"
-    measured = measured_differences(exhibit, scale.metric, comparison)
-    lines = [*(f"paper: {statement}" for statement in exhibit.statements), *measured]
-    print(f"\n{title}")
-    print_table(comparison)
-    print("\n".join(lines))
-    folder = scale.folder(exhibit.id)
-    text = f"# {title}\n\n{markdown(comparison)}\n" + "".join(f"- {line}\n" for line in lines)
-    figures = ["![curves](comparison.png)", *["![figure](figure.png)"] * drawn]
-    write(folder / "comparison.md", "\n".join([text, *figures]) + "\n")
-    curve = None if scale.metric.startswith("test/") else scale.metric  # a test has one value and no curve
-    draw_figure(comparison, folder / "comparison.png", title, curve)
+def report(exhibits: Iterable[Exhibit], scale: str | None) -> None:
+    """Writes the page of these exhibits, at the scales that have runs, and its Markdown, below runs/paper/.
+
+    An exhibit without a run has a line in the list of contents, and how to run it.
+    """
+    lines, sections = [TITLE, "", "| id | scale | what it shows | runs |", "| --- | --- | --- | --- |"], []
+    for exhibit in exhibits:
+        there = [Section(exhibit, each) for name, each in exhibit.scales.items() if scale in (None, name)]
+        there = [section for section in there if section.shows_anything()]
+        lines += [f"| [{exhibit.id}](#{_anchor(section)}) | {section.scale.name} | "
+                  f"{section.scale.shows or exhibit.shows} | {section.progress()} |" for section in there]
+        if not there:
+            lines.append(f"| {exhibit.id} | {', '.join(exhibit.scales)} | {exhibit.shows} | none yet |")
+        sections += there
+    lines += ["", NOTE]
+    for section in sections:
+        section.draw()
+        lines += ["", f'<a id="{_anchor(section)}"></a>', "", f"## {section.title} ({section.scale.name})", "",
+                  section.markdown(FOLDER)]
+    text = "\n".join(lines) + "\n"
+    write(FOLDER / "report.md", text)
+    write(FOLDER / "report.html", page(text, FOLDER))
 
 
-def measured_differences(exhibit: Exhibit, metric: str, comparison: Comparison) -> Iterator[str]:
-    """The differences that the paper states, as measured here, for the arms that ran."""
-    values = {group.label: group.statistic(metric) for group in comparison.groups}
-    for pair in exhibit.differences:
-        one, other = (values.get(arm) for arm in pair.split(" - "))
-        if one and other:
-            yield f"here: {metric}: {pair} = {one.mean - other.mean:+.2f} (n = {min(one.n, other.n)})"
+def page(text: str, folder: Path) -> str:
+    """Markdown as one HTML page that needs no other file: pictures of `folder` are inside it."""
+    import markdown as renderer
+
+    body = renderer.markdown(text, extensions=["tables", "sane_lists"])
+
+    def inside(link: re.Match) -> str:
+        data = base64.b64encode((folder / html.unescape(link[1])).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', inside, body)
+    head = f'<meta charset="utf-8"><title>Pixels as tokens</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+
+
+def _anchor(section: Section) -> str:
+    return f"{section.exhibit.id}-{section.scale.name}"

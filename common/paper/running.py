@@ -4,26 +4,57 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 
+from common.compare import write
 from common.errors import InputError
-from common.paper.exhibits import Exhibit, Scale
-from common.paper.report import report
+from common.paper.cost import duration, price
+from common.paper.exhibits import Exhibit, Scale, Start
+from common.paper.section import TABLE, Section
 from common.paper.state import state
 from common.runs import read_run
 
 STOPPED = (75, 130, 143)  # a training was asked to stop: no other one is to start in its place
 
 
+class Pace:
+    """How long the runs that are left take, at the speed of those that were trained so far.
+
+    Until the first one is, by formula. Speed is FLOPs by formula a second: exact among models of one size, and of one
+    order among all.
+    """
+
+    def __init__(self, starts: Iterable[Start], scale: str) -> None:
+        self._left = {start.identity: price(start).flops for start in starts}
+        self._scale, self._flops, self._seconds = scale, 0.0, 0.0
+
+    def done(self, start: Start, seconds: float = 0.0) -> None:
+        """Of a run that was trained in so many seconds, or was there."""
+        self._left.pop(start.identity, None)
+        if seconds:
+            self._flops, self._seconds = self._flops + price(start).flops, self._seconds + seconds
+
+    def left(self) -> str:
+        flops = sum(self._left.values())
+        if not self._flops:
+            return f"{duration(flops, self._scale)} by formula"
+        minutes = flops * self._seconds / self._flops / 60
+        return f"about {minutes:.0f} min left" if minutes < 120 else f"about {minutes / 60:.1f} h left"
+
+
 def run_all(exhibits: Iterable[Exhibit], scale: str, seeds: int | None) -> int:
     """Runs every exhibit that has the scale. One that fails is told at the end, and keeps no other from running."""
     failed: dict[str, str] = {}
+    exhibits = list(exhibits)
+    having = [exhibit.scales[scale] for exhibit in exhibits if scale in exhibit.scales]
+    pace = Pace((start for each in having for start in each.starts(seeds)), scale)
     for exhibit in exhibits:
         if scale not in exhibit.scales:
             print(f"{exhibit.id}: has no scale {scale}", flush=True)
             continue
         try:
-            code = run(exhibit, exhibit.scales[scale], seeds)
+            code = run(exhibit, exhibit.scales[scale], seeds, pace)
         except InputError as error:
             code, failed[exhibit.id] = 2, str(error)
         if code in STOPPED:
@@ -35,13 +66,19 @@ def run_all(exhibits: Iterable[Exhibit], scale: str, seeds: int | None) -> int:
     return 1 if failed else 0
 
 
-def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
-    """Trains and tests what is not finished, then compares. Returns the exit code of what stopped it, or 0."""
+def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = None) -> int:
+    """Trains and tests what is not finished, then compares. Returns the exit code of what stopped it, or 0.
+
+    Args:
+        pace: of all that is to run, where this exhibit is not all.
+    """
     starts = scale.starts(seeds)
+    pace = pace or Pace(starts, scale.name)
     for number, start in enumerate(starts, 1):
         place = f"{exhibit.id} {scale.name}, {number} of {len(starts)}: {start.arm.name}, seed {start.seed}"
         if state(start) == "finished":
             print(f"{place}: finished, in {start.located[0]}", flush=True)
+            pace.done(start)
             continue
         for source in start.sources.values():
             # A training may stop early and leave with 0, as with trainer.max_time.
@@ -49,9 +86,11 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
                 print(f"{place}: not started, since it is to use {source.located[0]}, which is {there}; the same "
                       "command goes on there", file=sys.stderr)
                 return 1
+        print(f"{place}: {price(start).flops:.2g} FLOP; {pace.left()}", flush=True)
+        began = time.perf_counter()
         for stage in start.stages:
             if (state(start) == "not tested") == (stage == "test"):
-                print(f"{place}\n{start.shown(stage)}", flush=True)
+                print(start.shown(stage), flush=True)
                 if code := _called(start.command(stage), place):
                     return code
         if state(start) == "not tested":
@@ -59,12 +98,27 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None) -> int:
             tags = [tag for tag in sorted(read_run(folder).results["metrics"]) if tag.startswith("test/")]
             raise InputError(f"{exhibit.study}/paper.yaml: {exhibit.id}, scale {scale.name}: metric {start.judged_by}: "
                              f"the test of {folder} did not measure it; there is {', '.join(tags) or 'none of test/'}")
-    code = _called(scale.drawing(exhibit.id, seeds), f"{exhibit.id} {scale.name}, its figure") if scale.draws else 0
-    if not starts:
-        return code
-    folders = {start.located[0]: start.arm.name for start in scale.compared(seeds)}
-    report(exhibit, scale, folders, drawn=bool(scale.draws) and code == 0)
+        pace.done(start, time.perf_counter() - began)
+    code = 0
+    if scale.draws:
+        scale.figure(exhibit.id).unlink(missing_ok=True)  # drawn of fewer runs
+        code = _called(scale.drawing(exhibit.id, seeds), f"{exhibit.id} {scale.name}, its figure")
+    if scale.prints:
+        code = _printed(scale, exhibit.id) or code
+    section = Section(exhibit, scale, starts)
+    if starts:
+        section.print()
+    section.write()
     return code
+
+
+def _printed(scale: Scale, exhibit: str) -> int:
+    """Keeps what the command of a generated table prints, and shows it."""
+    outcome = subprocess.run([sys.executable, "-m", *scale.prints], stdout=subprocess.PIPE, text=True)
+    if outcome.returncode == 0:
+        print(outcome.stdout)
+        write(scale.folder(exhibit) / TABLE, outcome.stdout)
+    return outcome.returncode
 
 
 def _called(command: list[str], place: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.paper.exhibits import Start
+from common.paper.exhibits import RUNS, Start
 from common.runs import changed_source, read_run
 
 
@@ -10,6 +10,9 @@ def state(start: Start) -> str:
     """finished, not tested (or by other samples than this arm's), unfinished, failed, unreadable, missing, or what a
     changed YAML leaves behind: another config, and weights other than those that its source has now.
     """
+    # A default folder begins with the config's name: where there is none, no parser is needed to know.
+    if "run_name" not in start.arm.overrides and not any((RUNS / start.arm.study).glob(f"{start.arm.config.stem}-*")):
+        return "missing"
     folder, expected_hash = start.located
     if not (folder / "results.json").is_file():
         return "missing"

@@ -118,6 +118,10 @@ class Experiment(L.LightningModule):
         activations = activation_bytes(vit, 2, self.precision) - activation_bytes(vit, 1, self.precision)
         return Cost(vit.tokens, parameters, forward_flops(vit), training_flops(vit), activations)
 
+    def test_flops(self, net: nn.Module) -> int:
+        """FLOPs of a test where it makes what it judges; 0 where it only looks at the images there are."""
+        return 0
+
     @property
     def precision(self) -> Precision:
         """The Trainer's, as the formulas of memory know it."""
