@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import InputError
-from common.runs import Group, digits
+from common.runs import Group, Run, digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +36,11 @@ def save(figure: Figure, path: Path) -> None:
     print(f"written: {path}")
 
 
-def read_curves(folder: Path, tags: Sequence[str], images_per_step: int = 1) -> dict[str, Curve]:
-    """Value by step (or image) of each tag over all starts of a run; of a step that two starts logged, the later one's.
+def read_curves(folder: Path, tags: Sequence[str], x: Callable[[int], float] = float) -> dict[str, Curve]:
+    """Value of each tag over all starts of a run; of a step that two starts logged, the later one's.
+
+    Args:
+        x: where a point goes, of what it was logged at.
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
@@ -45,7 +48,7 @@ def read_curves(folder: Path, tags: Sequence[str], images_per_step: int = 1) -> 
     for file in sorted(folder.glob("events.out.tfevents.*"), key=_started):
         events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
         for tag in set(tags) & set(events.Tags()["scalars"]):
-            curves[tag] |= {event.step * images_per_step: event.value for event in events.Scalars(tag)
+            curves[tag] |= {x(event.step): event.value for event in events.Scalars(tag)
                             if math.isfinite(event.value)}  # HPARAMS starts each headline metric as NaN
     return {tag: dict(sorted(curve.items())) for tag, curve in curves.items()}
 
@@ -77,7 +80,7 @@ def smoothed(curve: Curve, points: int = 60) -> Curve:
 def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = None) -> list[str]:
     """Draws the headline metric and the training loss of each group over training: mean, and a band over seeds.
 
-    The x axis is optimiser steps where every run has the same batch, and images seen where it has not.
+    The x axis is optimiser steps, or images seen where batches differ or every run was logged so.
 
     Args:
         path: a PNG, PDF or SVG.
@@ -91,9 +94,10 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
 
     metric = metric or groups[0]["headline"]
     tags = list(dict.fromkeys([metric, "train/loss"]))
-    same_batch = len({group["batch_size"] for group in groups}) == 1
-    curves = [[read_curves(run.folder, tags, 1 if same_batch else group["batch_size"]) for run in group.runs]
-              for group in groups]
+    all_runs = [run for group in groups for run in group.runs]
+    in_images = (len({run.results["batch_size"] for run in all_runs}) > 1
+                 or all(run.results.get("x_axis") == "images" for run in all_runs))
+    curves = [[read_curves(run.folder, tags, _axis(run, in_images)) for run in group.runs] for group in groups]
     drawn = [tag for tag in tags if any(run[tag] for runs in curves for run in runs)]
 
     figure = Figure(figsize=(1.2 + 4.8 * max(len(drawn), 1), 3.9 + 0.22 * len(groups)), dpi=150, layout="constrained")
@@ -109,7 +113,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
                       label=_legend(group, metric))
             axes.fill_between(x, [m - s for m, s in zip(mean, spread, strict=True)],
                               [m + s for m, s in zip(mean, spread, strict=True)], color=colour, alpha=0.18, linewidth=0)
-        axes.set_xlabel("optimiser steps" if same_batch else "images seen")
+        axes.set_xlabel("images seen" if in_images else "optimiser steps")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel(_axis_title(tag))
         axes.grid(alpha=0.3, linewidth=0.6)
@@ -125,6 +129,14 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return [group.label for group, runs in zip(groups, curves, strict=True) if not any(run[metric] for run in runs)]
+
+
+def _axis(run: Run, in_images: bool) -> Callable[[int], float]:
+    """From what a run's points were logged at to what the figure is over."""
+    batch, logged_in_images = run.results["batch_size"], run.results.get("x_axis") == "images"
+    if logged_in_images == in_images:
+        return float
+    return (lambda step: float(step * batch)) if in_images else (lambda images: float(images // batch))
 
 
 def _colours(count: int) -> Sequence[str]:

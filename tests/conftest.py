@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: beside a busy pro
 
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from common.data.loader import Draw, GlobalBatchData
 from common.training.checkpoints import AtomicCheckpointIO
 from common.training.cli import main
+from common.training.events import Events
 from common.training.optim import Recipe
 from common.training.trainer import Trainer
 from supervised import Classification
@@ -99,7 +99,7 @@ def train(tmp_path: Path) -> Callable[..., Trainer]:
             callbacks=list(callbacks),
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(tmp_path / folder),
-            logger=TensorBoardLogger(str(tmp_path), name="", version=folder, default_hp_metric=False),
+            logger=Events(tmp_path / folder),
             log_every_n_steps=log_every_n_steps,
             check_val_every_n_epoch=check_val_every_n_epoch,
             num_sanity_val_steps=0,

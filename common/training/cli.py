@@ -18,7 +18,6 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,6 +30,7 @@ from common.parallel import strategies
 from common.training import run
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
 from common.training.curves import Curves
+from common.training.events import Events
 from common.training.initialisation import REQUIRED, check_source
 from common.training.lock import RunLock
 from common.training.messages import class_help, explain, given_configs, with_extended
@@ -197,6 +197,7 @@ class StudyCLI(LightningCLI):
             self._check_source()
             return
         run.refuse_another_config(self.folder, self.resolved)
+        run.refuse_another_axis(self.folder, self.options.x_axis)
         results = run.read_results(self.folder)
         run.refuse_changed_source(self.folder, results)
         if results.get("status") == "finished":
@@ -296,17 +297,15 @@ class StudyCLI(LightningCLI):
         self.closing.callback(requeue.restore)
         return requeue
 
-    def _logger(self) -> TensorBoardLogger | bool:
+    def _logger(self) -> Events | bool:
         if self.subcommand in ("check", "predict") or (self.subcommand != "fit" and not self.checkpoint):
             return False
-        # Steps logged after the checkpoint, by a start that was killed, are dropped from the curves.
         steps = None
         if self.subcommand == "fit":
-            steps = (read(self.checkpoint)["global_step"] if self.checkpoint else 0) + 1
+            steps = read(self.checkpoint)["global_step"] if self.checkpoint else 0
             if self.checkpoint:
-                rank_zero_only(print)(f"goes on: {self.checkpoint}, after step {steps - 1}")
-        return TensorBoardLogger(str(self.folder.parent), name="", version=self.folder.name, default_hp_metric=False,
-                                 purge_step=steps)
+                rank_zero_only(print)(f"goes on: {self.checkpoint}, after step {steps}")
+        return Events(self.folder, self.datamodule if self.options.x_axis == "images" else None, steps)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {"model": self.model, "datamodule": self.datamodule}

@@ -11,6 +11,8 @@ OPTIONS = {
     "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs"),
     "nonfinite": (Literal["stop", "skip"], "stop", "what follows a loss or gradient that is not finite: stop, and keep "
                   "the last checkpoint; or leave out the optimiser's step, and count it as train/skipped_steps"),
+    "x_axis": (Literal["step", "images"], "step", "what the curves are over: optimiser steps, or images seen, by which "
+               "runs of different batches compare"),
     "requeue_signal": (str, "SIGUSR1", "signal (and SIGTERM) after which a run saves and asks Slurm to start it again"),
     "hang_timeout": (float, 1800.0, "seconds without a batch after which a rank writes its stacks and ends; 0: never"),
     "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),

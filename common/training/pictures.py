@@ -35,7 +35,8 @@ class Pictures(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"{self.name}.png")
         if trainer.logger is not None:
-            trainer.logger.experiment.add_image(f"val/{self.name}", picture, trainer.global_step, dataformats="HWC")
+            x = trainer.logger.x(trainer.global_step)
+            trainer.logger.experiment.add_image(f"val/{self.name}", picture, x, dataformats="HWC")
 
 
 def pixels(figure: Figure) -> np.ndarray:

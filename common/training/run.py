@@ -63,6 +63,14 @@ def refuse_another_config(folder: Path, config: dict[str, Any]) -> None:
                          "or discard that run with --overwrite")
 
 
+def refuse_another_axis(folder: Path, x_axis: str) -> None:
+    """One curve over steps and images would be none."""
+    saved = folder / "config.yaml"
+    if saved.is_file() and (there := read_config(saved).get("x_axis", "step")) != x_axis:
+        raise InputError(f"--x_axis: {x_axis}, but the curves in {folder} are over {there}; give --x_axis {there}, or "
+                         "train it anew with --overwrite")
+
+
 def refuse_changed_source(folder: Path, results: dict[str, Any]) -> None:
     """A run is of no use any more where the run whose weights it started from has been trained otherwise since."""
     if source := changed_source(results):
@@ -275,6 +283,7 @@ class RunFolder(L.Callback):
             "headline": f"val/{module.headline}",
             "higher_is_better": module.higher_is_better,
             "parameters": sum(p.numel() for p in module.net.parameters()),
+            "x_axis": flat.get("x_axis", "step"),
             "weights": "raw" if module.optim.ema is None else "ema",
             "versions": {name: version(name) for name in ("torch", "lightning", "timm", "torchmetrics")}
             | {"python": platform.python_version()},
