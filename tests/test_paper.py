@@ -16,6 +16,7 @@ from common.identity import arm_hash, config_hash, covered
 from common.paper import cost
 from common.paper.exhibits import Start, read_exhibits
 from common.paper.listing import _states, show
+from common.paper.report import report
 from common.paper.running import Pace, run, run_all
 from common.paper.state import state
 from common.runs import changed_source
@@ -518,6 +519,48 @@ def test_a_generated_table_is_kept_and_shown(study, capfd):
     assert run(exhibit, exhibit.scale("demo"), None) == 0
     assert "| seven |" in capfd.readouterr().out
     assert "\n\n| seven |\n| --- |\n| 7 |\n" in Path("runs/paper/X1-demo/report.md").read_text()
+
+
+def change(folder: str, **results) -> None:
+    path = Path("runs/supervised", folder, "results.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | results))
+
+
+def test_a_report_shows_what_runs_left_and_averages_finished_ones_alone(study, capfd):
+    exhibit = study(scales={"demo": {"config": "tiny_set", "seeds": 2}, "paper": {"config": "tiny_set"}})["X1"]
+    assert run(exhibit, exhibit.scale("demo"), 3) == 0
+    change("tiny_set-p2-s1", config_hash="of another config")
+    change("tiny_set-p1-s2", status="running", epoch=0)
+    Path("runs/supervised/tiny_set-p2-s2/results.json").write_text("{")
+    for seed in (0, 1):
+        change(f"tiny_set-p1-s{seed}", hardware="an abacus", commit="abc1234", train_seconds=60)
+    report([exhibit], "demo")
+    text = Path("runs/paper/report.md").read_text()
+    states = "1 another config, 3 finished, 1 unfinished, 1 unreadable"
+    assert f"| [X1](#X1-demo) | demo | one against two | {states} |" in text
+    assert "| S/2 | unknown | 92.00 (1) |" in text and "| S/1 | unknown | 94.50 ± 0.71 (2) |" in text
+    assert "| S/1 - S/2 | +1.5 | +2.00 (n = 1) |" in text  # seed 0 alone is in both
+    for line in ("S/2, seed 1: another config, not averaged in", "S/1, seed 2: unfinished, not averaged in",
+                 "S/2, seed 2: unreadable, not averaged in", "hardware: unknown; an abacus", "commit: unknown; abc1234",
+                 "paper: unknown: both values"):
+        assert f"- {line}\n" in text, line
+    page = Path("runs/paper/report.html").read_text()
+    assert 'src="data:image/png;base64,' in page and 'src="X1' not in page and "<td" in page
+    assert "94.50 ± 0.71 (2)" in page and '<a href="#X1-demo">' in page and 'id="X1-demo"' in page
+
+
+def test_arms_of_another_budget_are_marked(study):
+    exhibit = study()["X1"]
+    assert run(exhibit, exhibit.scale("demo"), 1) == 0
+    change("tiny_set-p1-s0", epochs=7)
+    report([exhibit], None)
+    assert "| S/1 - S/2 | +1.5 | +2.00 (n = 1) † |" in Path("runs/paper/report.md").read_text()
+
+
+def test_a_report_of_no_runs_says_so(study):
+    report(study().values(), None)
+    assert "| X1 | demo, paper | one against two | none yet |" in Path("runs/paper/report.md").read_text()
+    assert "<table>" in Path("runs/paper/report.html").read_text()
 
 
 def test_all_runs_share_arms_and_outlive_a_failure(study, tmp_path, capfd):

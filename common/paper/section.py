@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.compare import draw_figure, markdown, print_table, write
-from common.comparison import Comparison, pair
+from common.comparison import MARK, Comparison, pair
 from common.paper.cost import duration, price
 from common.paper.exhibits import RUNS, Exhibit, Scale, Start
 from common.paper.state import state
@@ -92,16 +92,22 @@ class Section:
             theirs = f"{stated:g}" if stated is not None else "unknown" if name in published else "no such run"
             yield f"| {name} | {theirs} | {here.text(digits(metric, here.mean)) if here else 'no finished run'} |"
         for name, difference in exhibit.differences.items():
-            ones = [groups.get(arm) for arm in name.split(" - ")]
-            here = difference_text(*ones, metric) if all(ones) else "these arms have no finished runs at this scale"
+            here = self._difference(name) or "these arms have no finished runs at this scale"
             yield f"| {name} | {difference:+g} | {here} |"
 
-    def _differences(self) -> Iterator[str]:
+    def _difference(self, name: str) -> str | None:
+        """Of two arms, marked where data or budget differ; None where one has no finished run."""
         groups = {group.label: group for group in self.comparison.groups} if self.comparison else {}
+        ones = [groups.get(arm) for arm in name.split(" - ")]
+        if not all(ones):
+            return None
+        mark = "" if len({self.comparison.mark(group) for group in ones}) == 1 else f" {MARK}"
+        return difference_text(*ones, self.scale.metric) + mark
+
+    def _differences(self) -> Iterator[str]:
         for name in self.exhibit.differences:
-            ones = [groups.get(arm) for arm in name.split(" - ")]
-            if all(ones):
-                yield f"here: {self.scale.metric}: {name} = {difference_text(*ones, self.scale.metric)}"
+            if here := self._difference(name):
+                yield f"here: {self.scale.metric}: {name} = {here}"
 
     def _circumstances(self, scale: str) -> Iterator[str]:
         yield f"`python -m common.paper run {self.exhibit.id} --scale {scale}`: {self.progress()}"
