@@ -14,7 +14,7 @@ import pytest
 from common import submit
 from common.errors import InputError
 from common.paper.__main__ import main as paper_main
-from common.paper.exhibits import read_exhibits
+from common.paper.exhibits import read_exhibits, runs_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "common" / "slurm"
@@ -230,6 +230,26 @@ def test_options_that_are_none(sbatch: Callable, capsys: pytest.CaptureFixture, 
     with pytest.raises(SystemExit) as leaving:
         submit.main([*arguments, "--go"])
     assert leaving.value.code == 2 and "common.submit: error: " in capsys.readouterr().err and sbatch() == []
+
+
+def test_run_with_slurm_submits_arrays(sbatch: Callable, capsys: pytest.CaptureFixture) -> None:
+    options = "--slurm=--gpus 2 --sbatch '--partition gpu'"
+    assert paper_main(["run", "T4a", "--scale", "demo", "--seeds", "1", options]) == 0
+    first, second = sbatch()
+    script = ["common/slurm/arms.sbatch", "T4a", "--scale", "demo", "--seeds", "1"]
+    assert first[:3] == ["--parsable", "--array", "0,1,2,3"] and first[-8:] == ["--partition", "gpu", *script]
+    assert second[3:5] == ["--dependency", "afterok:101"] and ["--gpus-per-node", "2"] == second[9:11]
+
+
+def test_all_is_one_set_of_arrays_that_trains_shared_runs_once(jobs: Callable) -> None:
+    """By words or by folder: what one id spells out is another's default."""
+    printed = jobs("all", "--scale", "gpu")
+    exhibits = [exhibit for exhibit in read_exhibits().values() if "gpu" in exhibit.scales]
+    starts = runs_of(exhibits, "gpu", None)
+    submitted = [starts[number].located[0] for _, words in printed for number in array(words)]
+    every = {start.located[0] for exhibit in exhibits for start in exhibit.scales["gpu"].starts()}
+    assert len(submitted) == len(set(submitted)) and set(submitted) == every
+    assert len(submitted) < len(starts) < sum(len(exhibit.scales["gpu"].starts()) for exhibit in exhibits)
 
 
 # The numbers of an array's tasks
