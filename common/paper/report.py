@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.compare import write
@@ -33,10 +33,9 @@ code { background: #f3f3f3; padding: .1rem .25rem; border-radius: 3px }
 """
 
 
-def report(exhibits: Iterable[Exhibit], scale: str | None) -> None:
-    """Writes the page of these exhibits, at the scales that have runs, and its Markdown, below runs/paper/.
-
-    An exhibit without a run has a line in the list of contents, and how to run it.
+def report(exhibits: Sequence[Exhibit], scale: str | None) -> None:
+    """Writes the page of these exhibits, at the scales that have runs, and its Markdown, below runs/paper/:
+    report.html, or ID.html of one alone. An exhibit without a run has but a line in the list of contents.
     """
     lines, sections = [TITLE, "", "| id | scale | what it shows | runs |", "| --- | --- | --- | --- |"], []
     for exhibit in exhibits:
@@ -53,8 +52,9 @@ def report(exhibits: Iterable[Exhibit], scale: str | None) -> None:
         lines += ["", f'<a id="{_anchor(section)}"></a>', "", f"## {section.title} ({section.scale.name})", "",
                   section.markdown(FOLDER)]
     text = "\n".join(lines) + "\n"
-    write(FOLDER / "report.md", text)
-    write(FOLDER / "report.html", page(text, FOLDER))
+    name = exhibits[0].id if len(exhibits) == 1 else "report"
+    write(FOLDER / f"{name}.md", text)
+    write(FOLDER / f"{name}.html", page(text, FOLDER))
 
 
 def page(text: str, folder: Path) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 from common.compare import draw_figure, markdown, print_table, write
 from common.comparison import MARK, Comparison, pair
 from common.paper.cost import duration, price
-from common.paper.exhibits import RUNS, Exhibit, Scale, Start
+from common.paper.exhibits import Exhibit, Scale, Start
 from common.paper.state import state
 from common.runs import Group, digits, find_runs
 
@@ -23,12 +21,12 @@ class Section:
     """An exhibit at one scale: its finished runs compared, and those that are not, by their state.
 
     Args:
-        starts: its runs; by default those of as many seeds as there are folders of.
+        starts: its runs; by default those of the scale's own number of seeds, and of each further one that has any.
     """
 
     def __init__(self, exhibit: Exhibit, scale: Scale, starts: Iterable[Start] | None = None) -> None:
         self.exhibit, self.scale = exhibit, scale
-        self.starts = list(scale.starts(_seeds(scale)) if starts is None else starts)
+        self.starts = _started(scale) if starts is None else list(starts)
         self.folder = scale.folder(exhibit.id)
         self.states = [state(start) for start in self.starts]
         compared = [start for start, there in zip(self.starts, self.states, strict=True)
@@ -139,11 +137,15 @@ def difference_text(one: Group, other: Group, metric: str) -> str:
     return f"{test.mean:+.{decimals}f}{spread} ({test.text()})"
 
 
-def _seeds(scale: Scale) -> int:
-    """From 0 on, as many seeds as there are run folders of, and no fewer than the scale's own number."""
-    there = {int(found[1]) for arm in scale.arms for folder in (RUNS / arm.study).glob(f"{arm.config.stem}-*")
-             if (found := re.search(r"-s(\d+)(?=-|$)", folder.name))}
-    return next(number for number in itertools.count(scale.seeds) if number not in there)
+def _started(scale: Scale) -> list[Start]:
+    """The runs of the scale's own number of seeds, and of each further seed that has one."""
+    seeds, starts = scale.seeds, scale.starts()
+    while True:
+        seeds += 1
+        more = scale.starts(seeds)
+        if all(state(start) == "missing" for start in more[len(starts) :]):
+            return starts
+        starts = more
 
 
 def _link(path: Path, beside: Path) -> str:

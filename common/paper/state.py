@@ -10,8 +10,9 @@ def state(start: Start) -> str:
     """finished, not tested (or by other samples than this arm's), unfinished, failed, unreadable, missing, or what a
     changed YAML leaves behind: another config, and weights other than those that its source has now.
     """
-    # A default folder begins with the config's name: where there is none, no parser is needed to know.
-    if "run_name" not in start.arm.overrides and not any((RUNS / start.arm.study).glob(f"{start.arm.config.stem}-*")):
+    # A default folder has the config's name and the seed in its own: where there is none, no parser is needed to know.
+    names = f"{start.arm.config.stem}*-s{start.seed}*"
+    if "run_name" not in start.arm.overrides and not any((RUNS / start.arm.study).glob(names)):
         return "missing"
     folder, expected_hash = start.located
     if not (folder / "results.json").is_file():
