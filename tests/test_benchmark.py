@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
-from common.benchmark import augmentation, scaling, trainer_cost, training_step
+from common.benchmark import augmentation, pipelines, scaling, trainer_cost, training_step
 from common.benchmark.__main__ import main, table
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.training_step import Case
@@ -262,20 +262,23 @@ def test_table_is_markdown() -> None:
 def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
     try:
-        assert main(["all", "--rounds", "1", "--depth", "1", "--batch", "1", "--steps", "3", "--images", "8"]) == 0
+        small = ["--rounds", "1", "--depth", "1", "--batch", "1", "--steps", "3", "--images", "8", "--crops", "4"]
+        assert main(["all", *small]) == 0
     finally:
         torch.set_num_threads(threads)
     output = capsys.readouterr().out
     head = output.split("|")[0]
-    assert "`python -m common.benchmark all --rounds 1 --depth 1 --batch 1 --steps 3 --images 8`" in head
+    assert f"`python -m common.benchmark all {' '.join(small)}`" in head
     assert f"torch {torch.__version__.split('+')[0]}" in head and "1 thread(s)" in head and "commit " in head
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
     assert [len(row) for row in rows].count(len(training_step.COLUMNS)) == 2 + 6
     assert rows.count(list(trainer_cost.COLUMNS)) == rows.count(list(augmentation.COLUMNS)) == 1
+    assert [row[0] for row in rows if len(row) == len(pipelines.COLUMNS)][-3:] == [
+        "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96"]
     assert [len(row) for row in rows].count(3) == (2 + 3) + (2 + 2)  # headings, rules and rows of the other two
 
 
-@pytest.mark.parametrize("option", ["rounds", "threads", "depth", "batch", "steps", "images"])
+@pytest.mark.parametrize("option", ["rounds", "threads", "depth", "batch", "steps", "images", "crops", "side"])
 def test_numbers_that_make_no_sense(option: str) -> None:
     with pytest.raises(InputError, match=f"--{option} 0: give a whole number"):
         main(["step", f"--{option}", "0"])

@@ -3,6 +3,7 @@
   step     forward, backward and AdamW of our VisionTransformer against timm's of the same size, weights and numerics
   trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: null model
   augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
+  data     random crops of 28x28 of photographs on disk: decoded by PIL, by the suite, and from its store, a core each
   sequence what a device keeps for the backward of an image whose tokens it shares with another one, against a formula
   scaling  `fit` over several processes of this machine against one, with the same global batch and with the same batch
            on each; and, computed, the paper's configs over 8 and 64 H200. It takes minutes, and is no part of `all`.
@@ -23,7 +24,7 @@ from common.benchmark.report import check_counts, circumstances, quieten_lightni
 from common.command import run_command
 from common.errors import InputError
 
-MODES = ("step", "trainer", "augment", "sequence")
+MODES = ("step", "trainer", "augment", "data", "sequence")
 
 
 def results(options: argparse.Namespace) -> Iterator[str]:
@@ -44,6 +45,12 @@ def results(options: argparse.Namespace) -> Iterator[str]:
 
         rows = augmentation.measure(options.images, options.rounds)
         yield from ("", f"Augmentation of {options.images} images, one thread:", "", *table(augmentation.COLUMNS, rows))
+    if options.mode in ("data", "all"):
+        from common.benchmark import pipelines
+
+        rows = pipelines.measure(options.folder, options.side, options.crops, options.rounds)
+        yield from ("", f"Random resized crops to 28x28, {options.crops} images, one thread:", "",
+                    *table(pipelines.COLUMNS, rows))
     if options.mode in ("sequence", "all"):
         from common.benchmark import sequence
 
@@ -73,10 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         ("batch", None, "step: images; default 128 at 8x8 pixels and 8 at 32x32. scaling: of one process, default 128"),
         ("steps", 2000, "trainer: steps of each round"),
         ("images", 2048, "augment: images of each round"),
+        ("crops", 1024, "data: images of each round"),
+        ("side", 96, "data: pixels of the store's squares"),
         ("processes", 2, "scaling: processes beside one, each of so many threads"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
                             help=text + (f" (default {default})" if default else ""))
+    parser.add_argument("--folder", metavar="DIR",
+                        help="data: class folders of photographs (default: three that scikit-image ships)")
     parser.add_argument("--config", default="supervised/configs/digits.yaml", metavar="FILE",
                         help="scaling: STUDY/configs/NAME.yaml that is trained (default %(default)s)")
     parser.add_argument("--mfu", type=float, default=0.6, metavar="SHARE",
@@ -88,7 +99,7 @@ def main(arguments: list[str]) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     options = _parser().parse_args(own)
     options.fit = arguments[len(own) + 1 :]
-    check_counts(options, rounds=1, threads=1, depth=1, batch=1, steps=2, images=1, processes=2)
+    check_counts(options, rounds=1, threads=1, depth=1, batch=1, steps=2, images=1, crops=1, side=1, processes=2)
     if not 0 < options.mfu <= 1:
         raise InputError(f"--mfu {options.mfu}: give a share above 0, up to 1")
     torch.set_num_threads(options.threads)

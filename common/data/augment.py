@@ -8,7 +8,21 @@ import torch
 from torch import Tensor
 
 from common.data import colour
-from common.data.crop import BOX_DRAWS, Boxes, Filter, Interpolation, crop, crop_one, fit, fit_one, random_boxes
+from common.data.crop import (
+    BOX_DRAWS,
+    Boxes,
+    Filter,
+    Interpolation,
+    central_boxes,
+    crop,
+    crop_one,
+    crop_weights,
+    fit,
+    fit_one,
+    random_boxes,
+    resample,
+    stretched,
+)
 from common.errors import InputError
 from common.randomness import uniform
 
@@ -17,7 +31,7 @@ FLIP, JITTER, FACTORS, ORDER, GREY, DRAWS = (
     BOX_DRAWS, BOX_DRAWS + 1, slice(BOX_DRAWS + 2, BOX_DRAWS + 6), slice(BOX_DRAWS + 6, BOX_DRAWS + 10),
     BOX_DRAWS + 10, BOX_DRAWS + 11,
 )  # fmt: skip
-PIECE = 128
+PIECE, SQUARES = 128, 32  # images of about 32x32, and of 96x96, that fit a core's cache together
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,21 @@ class Augment:
             images = crop(images, self._boxes(draws, images), size, self.interpolation, flip)
         return images.clamp(0, 1) if self.interpolation == "bicubic" else images
 
+    def place_squares(self, squares: Tensor, shapes: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
+        """The same of uint8 squares (B, C, s, s) that images of `shapes` (B, 2) were stretched to: float (B, C, H, W).
+
+        They get the boxes that the images would have got.
+        """
+        boxes = central_boxes(shapes, size) if self.crop_scale is None else random_boxes(
+            draws[:, :BOX_DRAWS], *shapes.unbind(1), self.crop_scale, self.crop_ratio)
+        flip = draws[:, FLIP] < self.flip if self.flip else None
+        sides = crop_weights(stretched(boxes, shapes, squares.shape[-1]), squares.shape[-2:], size, self.interpolation,
+                             flip)
+        piece = SQUARES if squares.device.type == "cpu" else len(squares)
+        parts = zip(*(part.split(piece) for part in (squares, *sides)), strict=True)
+        # Only what is left is divided by 255: a pass over all that is stored would cost as much as the crop.
+        return torch.cat([resample(some.float(), *of_some) for some, *of_some in parts]).div_(255).clamp_(0, 1)
+
     def place_one(self, image: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
         """Crop and flip of one uint8 image (C, h, w), whose `draws` are (DRAWS,): uint8 (C, H, W)."""
         if self.crop_scale is None:
@@ -114,9 +143,15 @@ class Augment:
         return draws[:, GREY] < self.grayscale if self.grayscale else None
 
     def batch(
-        self, images: Tensor, draws: Tensor, size: tuple[int, int] | None, mean: Tensor, std: Tensor
-    ) -> Tensor:
-        """uint8 images (B, C, h, w) to float (B, C, H, W), augmented and normalised; `size` None: placed already."""
+        self, images: Tensor, draws: Tensor, size: tuple[int, int] | None, mean: Tensor, std: Tensor,
+        shapes: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """uint8 images (B, C, h, w), or squares of images of `shapes`, to float (B, C, H, W), augmented and normalised.
+
+        With `size` None they are placed already.
+        """
+        if shapes is not None:
+            images, size = self.place_squares(images, shapes, draws, size), None
         if images.device.type == "cpu":  # in pieces that stay in a core's cache: 1.6 times as fast as 1024 at once
             pairs = zip(images.split(PIECE), draws.split(PIECE), strict=True)
             return torch.cat([self._batch(*pair, size, mean, std) for pair in pairs])
@@ -125,7 +160,7 @@ class Augment:
     def _batch(
         self, images: Tensor, draws: Tensor, size: tuple[int, int] | None, mean: Tensor, std: Tensor
     ) -> Tensor:
-        images = images.float() / 255
+        images = images if images.is_floating_point() else images.float() / 255
         if size is not None:
             images = self.place(images, draws, size)
         return colour.normalised(self.colour(images, draws), mean, std, self.greyed(draws))

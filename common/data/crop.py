@@ -21,7 +21,7 @@ BOX_DRAWS = 2 * TRIES + 2
 
 
 class Boxes(NamedTuple):
-    """Where crops lie, in whole pixels: (B,) each."""
+    """Where crops lie, in pixels: (B,) each."""
 
     top: Tensor
     left: Tensor
@@ -30,26 +30,53 @@ class Boxes(NamedTuple):
 
 
 def random_boxes(
-    draws: Tensor, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    draws: Tensor, height: int | Tensor, width: int | Tensor, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Boxes:
     """Boxes in images of (height, width) by the rule of torchvision's RandomResizedCrop, from `draws` (B, BOX_DRAWS).
+
+    Height and width may be (B,), one for each image.
 
     The area's share is uniform on `scale`, the logarithm of width/height uniform on that of `ratio`; the first of ten
     tries that fits is placed uniformly. Where none fits, the largest central box whose shape is within `ratio`.
     """
+    height, width = (torch.as_tensor(side, device=draws.device).reshape(-1, 1) for side in (height, width))
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     shape = (low + (high - low) * draws[:, TRIES : 2 * TRIES]).exp()
     widths, heights = (area * shape).sqrt().round(), (area / shape).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.int().argmax(1, keepdim=True)
-    w, h = widths.gather(1, first)[:, 0], heights.gather(1, first)[:, 0]
-    top = (draws[:, -2] * (height - h + 1)).floor()
-    left = (draws[:, -1] * (width - w + 1)).floor()
-    found = fits.any(1)
-    largest = round(min(height, width / ratio[0])), round(min(width, height * ratio[1]))
-    central = (height - largest[0]) // 2, (width - largest[1]) // 2, *largest
-    return Boxes(*(torch.where(found, x, c).long() for x, c in zip((top, left, h, w), central, strict=True)))
+    w, h = widths.gather(1, first), heights.gather(1, first)
+    top = (draws[:, -2:-1] * (height - h + 1)).floor()
+    left = (draws[:, -1:] * (width - w + 1)).floor()
+    found = fits.any(1, keepdim=True)
+    highest = torch.minimum(height.double(), width / ratio[0]).round().long()
+    widest = torch.minimum(width.double(), height * ratio[1]).round().long()
+    central = (height - highest) // 2, (width - widest) // 2, highest, widest
+    return Boxes(*(torch.where(found, x, c)[:, 0].long() for x, c in zip((top, left, h, w), central, strict=True)))
+
+
+def stretched(boxes: Boxes, shapes: Tensor, side: int) -> Boxes:
+    """The same boxes in images whose `shapes` (B, 2), height and width, have been stretched to squares of `side`.
+
+    No less than a pixel, so that there is something to resize.
+    """
+    height, width = (side / shapes.to(boxes.top.device).float()).unbind(1)
+    places = [boxes.top * height, boxes.left * width]
+    lengths = [(boxes.height * height).clamp(min=1), (boxes.width * width).clamp(min=1)]
+    starts = [torch.minimum(place, side - length) for place, length in zip(places, lengths, strict=True)]
+    return Boxes(*starts, *lengths)
+
+
+def central_boxes(shapes: Tensor, size: tuple[int, int]) -> Boxes:
+    """What `fit` with a share of 1 keeps of images of `shapes` (B, 2), in their own pixels, unrounded."""
+    height, width = shapes.unbind(1)
+    by_height = size[0] * width >= size[1] * height
+    resized = (torch.where(by_height, size[0], size[1] * height // width),
+               torch.where(by_height, size[0] * width // height, size[1]))
+    margins = [((new - kept) / 2).round() for new, kept in zip(resized, size, strict=True)]
+    pixel = height / resized[0], width / resized[1]  # of the images, to one that is resized
+    return Boxes(margins[0] * pixel[0], margins[1] * pixel[1], size[0] * pixel[0], size[1] * pixel[1])
 
 
 def _filter(x: Tensor, interpolation: Filter) -> Tensor:
@@ -74,12 +101,17 @@ def weights(
         copied = start[:, None] + nearest(length, size).gather(1, place)
         return (copied[:, :, None] == torch.arange(source, device=start.device)).float()
     scale = (length / size)[:, None]
-    centre = (start[:, None] + (place + 0.5) * scale)[:, :, None]
-    pixel = torch.arange(source, device=start.device) + 0.5
-    x = _filter((pixel - centre) / scale.clamp(min=1)[:, :, None], interpolation)
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
-    x = x * inside[:, None]
-    return x / x.sum(-1, keepdim=True)
+    centre = start[:, None] + (place + 0.5) * scale
+    # No more pixels than the widest filter reaches, since most of the others' weights are 0.
+    reach = (2 if interpolation == "bicubic" else 1) * max(source / size, 1)
+    taps = min(math.ceil(2 * reach) + 1, source)
+    first = (centre - reach).floor().clamp(0, source - taps).long()
+    index = first[:, :, None] + torch.arange(taps, device=start.device)
+    pixel = index + 0.5
+    x = _filter((pixel - centre[:, :, None]) / scale.clamp(min=1)[:, :, None], interpolation)
+    x = x * ((pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None]))
+    x = x / x.sum(-1, keepdim=True)
+    return x.new_zeros(len(start), size, source).scatter_(2, index, x)
 
 
 def nearest(length: Tensor, size: int) -> Tensor:
@@ -105,9 +137,15 @@ def crop(
     images: Tensor, boxes: Boxes, size: tuple[int, int], interpolation: Filter, flip: Tensor | None = None
 ) -> Tensor:
     """The boxes of float images (B, C, h, w), resized to `size`: (B, C, H, W). Bicubic may leave the images' range."""
-    rows = weights(boxes.top, boxes.height, images.shape[-2], size[0], interpolation)
-    columns = weights(boxes.left, boxes.width, images.shape[-1], size[1], interpolation, flip)
-    return resample(images, rows, columns)
+    return resample(images, *crop_weights(boxes, images.shape[-2:], size, interpolation, flip))
+
+
+def crop_weights(
+    boxes: Boxes, source: tuple[int, int], size: tuple[int, int], interpolation: Filter, flip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `resample` needs of these boxes of images of `source` (h, w): (B, H, h) and (B, W, w)."""
+    return (weights(boxes.top, boxes.height, source[0], size[0], interpolation),
+            weights(boxes.left, boxes.width, source[1], size[1], interpolation, flip))
 
 
 def fitted(height: int, width: int, size: tuple[int, int], share: float) -> tuple[int, int]:

@@ -18,8 +18,9 @@ from common.data.folders import SUFFIXES, decode, is_image
 from common.data.inventory import describe
 from common.data.loader import GlobalBatchData
 from common.data.preparation import EvaluationPreparation, TrainingPreparation
-from common.data.sets import FileSet, ResidentSet
+from common.data.sets import FileSet, ResidentSet, StoredSet
 from common.data.sources import Source
+from common.data.stored import Store, location
 from common.errors import InputError
 
 
@@ -41,6 +42,8 @@ class ImageData(GlobalBatchData):
         eval_crop: share of the side that the central crop of an evaluation keeps: the image is first resized so that
             its short side is int(image_size / eval_crop).
         eval_interpolation: of that resizing, as in Augment; adm needs an eval_crop of 1 and squares.
+        store: side of the squares of a store (python -m common.data.store), from which training images are cropped in
+            place of the files: much faster, and a little blurred. Validation and test read the files.
         max_unreadable: training images that may be unreadable and are replaced; more of them stop the run.
         images: a folder of images to predict, its subfolders included.
         **kwargs: see GlobalBatchData.
@@ -57,6 +60,7 @@ class ImageData(GlobalBatchData):
         std: Sequence[float] = (0.5,),
         eval_crop: float = 1.0,
         eval_interpolation: Interpolation = "bicubic",
+        store: int | None = None,
         max_unreadable: int = 0,
         images: str | None = None,
         **kwargs: Any,
@@ -66,7 +70,7 @@ class ImageData(GlobalBatchData):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.mean, self.std = self._per_channel("mean", mean), self._per_channel("std", std)
         self.eval_crop, self.eval_interpolation = eval_crop, eval_interpolation
-        self.max_unreadable, self.images = max_unreadable, images
+        self.store, self.max_unreadable, self.images = store, max_unreadable, images
         if min(self.image_size) < 1:
             raise InputError(f"data.image_size: {image_size} is not a positive number of pixels")
         if min(self.std) <= 0:
@@ -79,6 +83,8 @@ class ImageData(GlobalBatchData):
         if self.image_size[0] != self.image_size[1]:
             self._refuse_adm("augment.interpolation", augment.interpolation)
             self._refuse_adm("eval_interpolation", eval_interpolation)
+        if store is not None:
+            self._refuse_unstorable()
         if max_unreadable < 0:
             raise InputError(f"data.max_unreadable: {max_unreadable} is negative; 0 allows none")
         if augment.needs_colour and self.channels != 3:
@@ -89,6 +95,15 @@ class ImageData(GlobalBatchData):
         if len(values) not in (1, self.channels):
             raise InputError(f"data.{name}: {len(values)} values for {self.channels} channel(s) of {self.source.name}")
         return tuple(values) * (self.channels // len(values))
+
+    def _refuse_unstorable(self) -> None:
+        if self.store < 1:
+            raise InputError(f"data.store: {self.store} is not a side in pixels, such as 96")
+        if self.augment.interpolation in ("adm", "nearest"):
+            raise InputError(f"data.store: {self.augment.interpolation} needs the files' own pixels; leave the store "
+                             "out, or interpolate by bicubic")
+        if self.source.resident:
+            raise InputError(f"data.store: {self.source.name} is held in memory as it is; leave the store out")
 
     def _refuse_adm(self, name: str, interpolation: Interpolation) -> None:
         if interpolation == "adm":
@@ -130,6 +145,9 @@ class ImageData(GlobalBatchData):
         prepare = self._preparation(split)
         if self.source.resident:
             return ResidentSet(_in_memory(pictures.images, self.channels), pictures.labels, prepare)
+        if self.store is not None and split == "train":
+            store = Store(location(self.source, self.root, self.store), *pictures)
+            return StoredSet(store, self.trainer.seed, self.augment, prepare)
         return FileSet(*pictures, self.channels, prepare, exact=split != "train", max_unreadable=self.max_unreadable)
 
     def _files_to_predict(self) -> list[str]:
@@ -149,8 +167,12 @@ class ImageData(GlobalBatchData):
         return EvaluationPreparation(self.image_size, self.eval_crop, self.eval_interpolation)
 
     def _on_device(self, split: str) -> bool:
-        """Whether a split's images are cropped in batches on the device: those in memory, but for what needs PIL."""
-        return self.source.resident and split != "predict" and not (split == "train" and self.augment.rand_augment)
+        """Whether a split's images are cropped in batches on the device: those in memory or in a store, but for what
+        needs PIL.
+        """
+        if split == "train":
+            return (self.source.resident or self.store is not None) and not self.augment.rand_augment
+        return self.source.resident and split != "predict"
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         trainer = self.trainer
@@ -159,7 +181,7 @@ class ImageData(GlobalBatchData):
         if trainer.training:
             draws = self.augment.draws(trainer.seed, batch["epoch"], batch["index"])
             size = self.image_size if self._on_device("train") else None
-            images = self.augment.batch(images, draws, size, mean, std)
+            images = self.augment.batch(images, draws, size, mean, std, batch.pop("shape", None))
         else:
             images = images.float() / 255
             if self._on_device("predict" if trainer.predicting else "val"):

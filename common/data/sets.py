@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.data.augment import Augment
 from common.data.folders import decode
 from common.data.loader import Draw
+from common.data.preparation import TrainingPreparation
+from common.data.stored import Store
 from common.errors import InputError
 
 # What a loader's process does to one image (C, h, w) for one draw: uint8 (C, H, W) of the final size.
@@ -42,6 +45,29 @@ class ResidentSet(Dataset):
         if self.prepare is not None:
             images = torch.stack([self.prepare(*pair) for pair in zip(images, draws, strict=True)])
         return {"image": images, "label": self.labels[keys["index"]], **keys}
+
+
+class StoredSet(Dataset):
+    """Squares of a store as they are, with the `shape` (B, 2) that each image had; or prepared in the loader's process.
+
+    Args:
+        prepare: crops and randomises a batch where that is no work for the device.
+    """
+
+    def __init__(self, store: Store, seed: int, augment: Augment, prepare: TrainingPreparation | None = None) -> None:
+        self.store, self.seed, self.augment, self.prepare = store, seed, augment, prepare
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        keys = _keys(draws)
+        images, shapes = self.store.take([draw.index for draw in draws])
+        batch = {"image": images, "label": self.store.labels[keys["index"]], **keys}
+        if self.prepare is None:
+            return {**batch, "shape": shapes}
+        drawn = self.augment.draws(self.seed, keys["epoch"], keys["index"])
+        return {**batch, "image": self.prepare.batch(images, shapes, drawn, draws)}
 
 
 class FileSet(Dataset):

@@ -1,0 +1,87 @@
+"""Training images of 28x28 from photographs on disk: decoded by PIL, by the suite, and cropped from its store."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from common.benchmark.interleaving import interleaved, ratios, timed
+from common.data.augment import Augment
+from common.data.folders import ImageFolder, decode
+from common.data.store import CROP, differences, make
+from common.data.stored import Store
+
+COLUMNS = ("pipeline", "images/s per core", "times as fast (quartiles)", "mean difference to the files, of 255")
+SIZE, BATCH = (CROP, CROP), 256
+RECIPE = Augment(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)
+
+
+def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tuple[str, ...]]:
+    """The rows of the table, for so many draws of the photographs of `folder`, or of those that scikit-image ships."""
+    with tempfile.TemporaryDirectory() as root, photographs(folder, Path(root)) as source:
+        files, labels = source.read(Path(root), "train")
+        store = Store(make(source, Path(root), side, workers=1), files, labels)
+        chosen = torch.arange(images) % len(files)
+        sides = {"PIL, image by image": _pil(files, chosen), "the suite's, image by image": _files(files, chosen),
+                 f"the suite's, from a store of {side}x{side}": _stored(store, chosen)}
+        times = interleaved({name: timed(run) for name, run in sides.items()}, rounds)
+        off = differences(store, files, source.channels)["mean"]
+    first, *others = times
+    rows = [(first, f"{images / statistics.median(times[first]):,.0f}", "", "")]
+    for name, difference in zip(others, ("0.00", f"{off:.2f}"), strict=True):
+        faster = ratios(times[name], times[first])
+        rows.append((name, f"{images / statistics.median(times[name]):,.0f}", f"{faster:.2f}", difference))
+    return rows
+
+
+@contextmanager
+def photographs(folder: str | None, root: Path) -> Iterator[ImageFolder]:
+    if folder is not None:
+        yield ImageFolder(folder)
+        return
+    from PIL import Image
+    from skimage import data
+
+    for name in ("astronaut", "chelsea", "coffee"):
+        (root / "photographs" / "train" / name).mkdir(parents=True)
+        Image.fromarray(getattr(data, name)()).save(root / "photographs" / "train" / name / "0.jpg", quality=95)
+    yield ImageFolder(str(root / "photographs"))
+
+
+def _pil(files: list[str], chosen: torch.Tensor) -> Callable[[], None]:
+    from PIL import Image
+    from torchvision.transforms import Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, ToTensor
+
+    recipe = Compose([RandomResizedCrop(SIZE, RECIPE.crop_scale, interpolation=InterpolationMode.BICUBIC),
+                      RandomHorizontalFlip(RECIPE.flip), ToTensor()])
+
+    def run() -> None:
+        for some in chosen.split(BATCH):
+            pictures = [Image.open(files[i]).convert("RGB") for i in some.tolist()]
+            torch.stack([recipe(picture) for picture in pictures])
+
+    return run
+
+
+def _files(files: list[str], chosen: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        for some in chosen.split(BATCH):
+            draws = RECIPE.draws(0, 0, some)
+            pairs = zip(some.tolist(), draws, strict=True)
+            torch.stack([RECIPE.place_one(decode(files[i], 3), draw, SIZE) for i, draw in pairs]).float().div_(255)
+
+    return run
+
+
+def _stored(store: Store, chosen: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        for some in chosen.split(BATCH):
+            images, shapes = store.take(some.tolist())
+            RECIPE.place_squares(images, shapes, RECIPE.draws(0, 0, some), SIZE)
+
+    return run

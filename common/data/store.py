@@ -1,0 +1,169 @@
+"""python -m common.data.store imagenet --size 96: the training images, shrunk once and for all to squares of pixels.
+
+A random resized crop stretches its box to a square anyhow; taken from a picture that was stretched as a whole it loses
+little, and costs no decoding. The store lies below the root, as imagenet-96/, in memory-mapped shards; --data.store 96
+trains from it. The same command goes on where it stopped, and on a finished store checks every shard. At its end it
+tells by how much crops differ from those of the files, which validation and test still read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.command import run_command
+from common.data.augment import Augment
+from common.data.folders import Flowers102, ImageFolder, ImageNet, decode
+from common.data.sources import Source
+from common.data.stored import SHARD, Store, fingerprint, location, mapped, shapes_of, shard_file
+from common.errors import InputError
+
+CROP = 28  # pixels of the crops that are compared, ImageNet's of the paper
+COMPARED = 256
+
+
+def make(source: Source, root: Path, size: int, workers: int) -> Path:
+    """Writes what is missing of the store, and checks what is there; its folder.
+
+    Raises:
+        InputError: images that are held in memory anyway, a file that cannot be read, a damaged shard, or a store of
+            other images.
+    """
+    if source.resident:
+        raise InputError(f"{source.name}: its images are held in memory as they are; a store would save nothing")
+    files, labels = source.read(root, "train")
+    folder, started = location(source, root, size), {"files": fingerprint(files, labels), "size": size, "shard": SHARD}
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "started.json"
+    if begun.is_file() and json.loads(begun.read_text()) != started:
+        raise InputError(f"{folder}: is a store of other images; remove it, or name another root")
+    begun.write_text(json.dumps(started))
+
+    parts = {number: files[number * SHARD :][:SHARD] for number in range(-(-len(files) // SHARD))}
+    known = folder / "index.json"
+    expected = json.loads(known.read_text())["checksums"] if known.is_file() else [None] * len(parts)
+    checksums: dict[int, int] = {}
+    with _pool(workers) as pool:
+        jobs = {pool.submit(_write_shard, folder, number, part, source.channels, size): number
+                for number, part in parts.items()}
+        for job in _finished(pool, jobs):
+            number, (checksum, anew) = jobs[job], job.result()
+            if expected[number] not in (None, checksum) and not anew:
+                raise InputError(f"{shard_file(folder, number)}: damaged; remove it, and the same command writes it "
+                                 "anew")
+            checksums[number] = checksum
+            _tell(len(checksums), len(parts), len(files))
+    _write(known, json.dumps(started | {"images": len(files), "checksums": [checksums[n] for n in parts]}).encode())
+    return folder
+
+
+def _pool(workers: int) -> Executor:
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def _finished(pool: Executor, jobs: Iterable[Future]) -> Iterable[Future]:
+    """The jobs in the order in which they end; the first that fails ends all."""
+    try:
+        yield from as_completed(jobs)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+_began = time.perf_counter()
+
+
+def _tell(done: int, shards: int, images: int) -> None:
+    seconds = time.perf_counter() - _began
+    print(f"shard {done} of {shards} · {min(done * SHARD, images):,} of {images:,} images · "
+          f"{seconds / done * (shards - done):.0f} s left", file=sys.stderr, flush=True)
+
+
+def _write_shard(folder: Path, number: int, files: list[str], channels: int, size: int) -> tuple[int, bool]:
+    """The checksum of a shard, and whether it had to be written."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    path = shard_file(folder, number)
+    if path.is_file() and shapes_of(path).is_file():
+        return zlib.crc32(mapped(path)), False
+    images, shapes = np.empty((len(files), channels, size, size), np.uint8), np.empty((len(files), 2), np.int64)
+    for row, file in enumerate(files):
+        image = decode(file, channels)
+        shapes[row] = image.shape[1:]
+        images[row] = resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True).numpy()
+    for place, array in [(shapes_of(path), shapes), (path, images)]:  # the pixels last: the shard is whole by then
+        temporary = place.with_suffix(".tmp")
+        with open(temporary, "wb") as out:
+            np.save(out, array)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(place)
+    return zlib.crc32(images), True
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+# How far its crops are from the files'
+
+
+def differences(store: Store, files: list[str], channels: int) -> dict[str, float]:
+    """Levels of 255 by which random resized crops of CROP pixels, of some images, differ: their mean and maximum."""
+    augment = Augment(crop_scale=(0.08, 1.0), interpolation="bicubic")
+    chosen = torch.linspace(0, len(store) - 1, min(COMPARED, len(store))).long()
+    draws, size = augment.draws(0, 0, chosen), (CROP, CROP)
+    images, shapes = store.take(chosen.tolist())
+    ours = augment.place_squares(images, shapes, draws, size) * 255
+    theirs = torch.stack([augment.place_one(decode(files[i], channels), draw, size)
+                          for i, draw in zip(chosen.tolist(), draws, strict=True)])
+    off = (ours.round() - theirs.float()).abs()
+    return {"mean": off.mean().item(), "max": off.max().item()}
+
+
+def _source(name: str) -> Source:
+    known = {"imagenet": ImageNet, "flowers102": Flowers102}
+    return known[name]() if name in known else ImageFolder(name)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m common.data.store", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="imagenet, flowers102, or a folder of class folders")
+    parser.add_argument("--size", type=int, default=96, help="side of the stored squares in pixels (96)")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of all data sets (data)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode (all cores)")
+    options = parser.parse_args(arguments)
+    for name in ("size", "workers"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: give 1 or more")
+    source = _source(options.source)
+    folder = make(source, options.root, options.size, options.workers)
+    files, labels = source.read(options.root, "train")
+    store = Store(folder, files, labels)
+    off = differences(store, files, source.channels)
+    gigabytes = sum(shard.nbytes for shard in store.shards) / 1e9
+    print(f"finished: {folder}, {len(store):,} images, {gigabytes:.2g} GB; all checksums hold. Crops of {CROP} pixels "
+          f"differ from the files' by {off['mean']:.2f} of 255 in the mean, {off['max']:.0f} at most. Train with "
+          f"--data.store {options.size}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

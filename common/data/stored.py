@@ -1,0 +1,82 @@
+"""Training images that were shrunk once and for all (common.data.store), read from memory-mapped shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data.sources import Source
+from common.errors import InputError
+
+SHARD = 1024  # images; 28 MB at 96x96
+
+
+class Store:
+    """A finished store.
+
+    Attributes:
+        images: uint8 (C, size, size) by number, mapped into memory.
+        shapes: int64 (N, 2), height and width of each image before it was shrunk.
+        labels: int64 (N,).
+
+    Raises:
+        InputError: none there, an unfinished or damaged one, or one of other images.
+    """
+
+    def __init__(self, folder: Path, files: list[str], labels: Tensor) -> None:
+        self.folder = folder
+        index = folder / "index.json"
+        again = "python -m common.data.store writes it, or goes on with it"
+        if not index.is_file():
+            raise InputError(f"data.store: {folder} is no finished store; {again}")
+        self.index = json.loads(index.read_text())
+        if self.index["files"] != fingerprint(files, labels):
+            raise InputError(f"data.store: {folder} was made of other images than those that lie there now; remove it, "
+                             "and make it anew")
+        self.labels, self.shapes = labels, np.concatenate([mapped(shapes_of(path)) for path in self._paths()])
+        self.shards = [mapped(path) for path in self._paths()]
+
+    def _paths(self) -> list[Path]:
+        return [shard_file(self.folder, number) for number in range(-(-self.index["images"] // self.index["shard"]))]
+
+    def __len__(self) -> int:
+        return self.index["images"]
+
+    def take(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, C, size, size) and their shapes (B, 2)."""
+        indices, shard = list(indices), self.index["shard"]
+        images = np.stack([self.shards[i // shard][i % shard] for i in indices])
+        return torch.from_numpy(images), torch.from_numpy(self.shapes[indices])
+
+
+def location(source: Source, root: Path, size: int) -> Path:
+    return root / f"{source.title(root).replace(' ', '-')}-{size}"
+
+
+def fingerprint(files: list[str], labels: Tensor) -> str:
+    """Of which images a store is made, wherever they lie: class folders, names and labels."""
+    told = "\n".join(f"{'/'.join(Path(file).parts[-2:])} {label}"
+                     for file, label in zip(files, labels.tolist(), strict=True))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npy"
+
+
+def shapes_of(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}-shapes.npy")
+
+
+def mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: missing or damaged ({error}); remove it, and python -m common.data.store writes it "
+                         "anew") from error

@@ -1,0 +1,169 @@
+"""The store of shrunk training images: what it holds, what its crops are worth, and how it survives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import archives
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data import Digits, Flowers102, ImageFolder, ImageNet
+from common.data.augment import Augment
+from common.data.crop import Boxes, stretched
+from common.data.folders import decode
+from common.data.store import differences, main, make
+from common.data.stored import Store, location
+from common.errors import InputError
+
+SIZE = 24
+IMAGENET28 = Path(__file__).parents[2] / "supervised" / "configs" / "imagenet28.yaml"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Smooth pictures of several shapes: what a store loses of them is little."""
+    for split, count in (("train", 6), ("val", 2)):
+        for i in range(count):
+            height, width = (40 + 10 * i, 60) if i % 2 else (48, 70 + 5 * i)
+            y, x = np.mgrid[:height, :width] / 30
+            picture = np.stack([np.sin(x + i) * np.cos(y), np.sin(y - i), np.cos(x * y / 3)], -1) * 100 + 128
+            file = tmp_path / "imagenet" / split / f"n{i % 2:08d}" / f"{i}.JPEG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.astype(np.uint8)).save(file, quality=98)
+    return tmp_path
+
+
+def store_of(root: Path) -> tuple[Store, list[str]]:
+    files, labels = ImageNet().read(root, "train")
+    return Store(location(ImageNet(), root, SIZE), files, labels), files
+
+
+def test_it_holds_every_image_stretched_by_pillow_s_filter(root):
+    assert make(ImageNet(), root, SIZE, workers=1) == root / f"imagenet-{SIZE}"
+    store, files = store_of(root)
+    images, shapes = store.take(range(len(files)))
+    for image, shape, file in zip(images, shapes, files, strict=True):
+        picture = Image.open(file).convert("RGB")
+        expected = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 2  # decoders round otherwise
+        assert shape.tolist() == [picture.height, picture.width]
+
+
+def test_crops_are_those_of_the_files_and_mirrored_alike(root):
+    make(ImageNet(), root, SIZE, workers=1)
+    store, files = store_of(root)
+    augment = Augment(crop_scale=(0.3, 1.0), interpolation="bicubic", flip=0.5)
+    index = torch.arange(6).repeat(20)
+    draws = augment.draws(3, 1, torch.arange(120))
+    images, shapes = store.take(index.tolist())
+    ours = augment.place_squares(images, shapes, draws, (8, 8)) * 255
+    theirs = torch.stack([augment.place_one(decode(files[i], 3), d, (8, 8)) for i, d in zip(index, draws, strict=True)])
+    assert (ours - theirs).abs().mean() < 1.0
+    whole = Augment(interpolation="bicubic")
+    ours = whole.place_squares(*store.take(range(6)), draws[:6], (8, 8)) * 255
+    theirs = torch.stack([whole.place_one(decode(file, 3), draws[0], (8, 8)) for file in files])
+    assert (ours - theirs).abs().mean() < 1.0
+    assert 0 < differences(store, files, 3)["mean"] < 2
+
+
+def test_boxes_are_stretched_with_the_image_and_stay_inside():
+    """By hand: half of the height of 100x50 in a square of 10 is five rows; a sliver is no less than a pixel."""
+    boxes = Boxes(*(torch.tensor(values) for values in ([50, 99], [10, 0], [50, 1], [20, 50])))
+    found = torch.stack(stretched(boxes, torch.tensor([[100, 50], [100, 50]]), 10), 1)
+    assert torch.allclose(found, torch.tensor([[5.0, 2.0, 5.0, 4.0], [9.0, 0.0, 1.0, 10.0]]))
+
+
+def test_training_reads_the_store_and_validation_the_files(root, command):
+    make(ImageNet(), root, SIZE, workers=1)
+    options = ["--data.root", root, "--data.image_size", "8", "--data.batch_size", "4", "--data.workers", "0",
+               "--model.patch_size", "2", "--trainer.max_epochs", "1", "--model.optim.warmup_epochs", "0",
+               "--trainer.log_every_n_steps", "1", "--trainer.precision", "32-true", "--model.size",
+               "nano"]  # fmt: skip
+    losses = {}
+    for name, more in [("files", []), ("store", ["--data.store", SIZE]),
+                       ("in batches", ["--data.store", SIZE, "--data.augment.rand_augment", "null"])]:
+        outcome = command("fit", "--run_name", name, *options, *more, config=IMAGENET28, small=False)
+        assert outcome.code == 0, outcome.err
+        results = json.loads((root / "runs" / "supervised" / name / "results.json").read_text())
+        losses[name] = results["metrics"]["train/loss"]
+    # RandAugment draws by image: the first two see the same pictures, but for the blur.
+    assert losses["store"] == pytest.approx(losses["files"], abs=0.05) and losses["store"] != losses["files"]
+    for shard in (root / f"imagenet-{SIZE}").glob("*.npy"):
+        shard.unlink()
+    outcome = command("validate", "--run_name", "store", *options, "--data.store", SIZE, config=IMAGENET28, small=False)
+    assert outcome.code == 0, outcome.err
+
+
+def test_it_goes_on_where_it_stopped_and_notices_damage(root, capsys, monkeypatch):
+    monkeypatch.setattr("common.data.store.SHARD", 2)
+    folder = make(ImageNet(), root, SIZE, workers=1)
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    assert len(times) == 6  # three shards, and the shapes of each
+    gone = folder / "00001.npy"
+    gone.unlink()
+    make(ImageNet(), root, SIZE, workers=1)
+    assert {path for path in times if path.stat().st_mtime_ns != times[path]} == {
+        gone, folder / "00001-shapes.npy"}
+    assert store_of(root)[0].take([0, 3, 5])[0].shape == (3, 3, SIZE, SIZE)
+    data = bytearray(gone.read_bytes())
+    data[-1] ^= 1
+    gone.write_bytes(data)
+    with pytest.raises(InputError, match="00001.npy: damaged; remove it"):
+        make(ImageNet(), root, SIZE, workers=1)
+    gone.write_bytes(b"")
+    with pytest.raises(InputError, match="00001.npy: missing or damaged"):
+        store_of(root)
+
+
+def test_a_store_of_other_images_is_refused(root):
+    folder = make(ImageNet(), root, SIZE, workers=1)
+    (root / "imagenet" / "train" / "n00000000" / "0.JPEG").unlink()
+    with pytest.raises(InputError, match="made of other images than those that lie there now"):
+        store_of(root)
+    with pytest.raises(InputError, match=f"{folder}: is a store of other images"):
+        make(ImageNet(), root, SIZE, workers=1)
+
+
+def test_an_unreadable_image_is_named_and_the_store_is_not_finished(root):
+    (root / "imagenet" / "train" / "n00000000" / "2.JPEG").write_bytes(b"no image")
+    with pytest.raises(InputError, match="2.JPEG: not a readable image"):
+        make(ImageNet(), root, SIZE, workers=1)
+    with pytest.raises(InputError, match="is no finished store"):
+        store_of(root)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--data.store", "0"], "data.store: 0 is not a side in pixels"),
+    (["--data.store", "96", "--data.augment.interpolation", "nearest"], "data.store: nearest needs the files' own"),
+    (["--data.store", "96"], "imagenet-96 is no finished store; python -m common.data.store writes it"),
+])
+def test_mistakes_are_told(root, command, options, message):
+    outcome = command("fit", "--data.root", root, "--data.workers", "0", *options, config=IMAGENET28, small=False)
+    assert outcome.code == 2 and message in outcome.err and outcome.err.count("error:") == 1
+
+
+def test_what_is_in_memory_needs_no_store(tmp_path):
+    with pytest.raises(InputError, match="digits: its images are held in memory"):
+        make(Digits(), tmp_path, SIZE, workers=1)
+
+
+def test_the_command_tells_what_it_made(root):
+    options = ["imagenet", "--size", str(SIZE), "--root", str(root), "--workers", "2"]
+    done = subprocess.run([sys.executable, "-m", "common.data.store", *options], capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert "6 images" in done.stdout and f"Train with --data.store {SIZE}" in done.stdout
+    assert "shard 1 of 1" in done.stderr
+
+
+def test_other_sources(tmp_path, capsys):
+    archives.flowers102(tmp_path, range(95, 103), train=[1, 2, 3, 4], val=[5, 6], test=[7, 8], size=(60, 45))
+    folder = make(Flowers102(), tmp_path, SIZE, workers=1)
+    assert folder == tmp_path / f"flowers102-{SIZE}"
+    source = ImageFolder(str(tmp_path / "flowers-102"))
+    assert location(source, tmp_path, 8) == tmp_path / "flowers-102-8"
+    with pytest.raises(InputError, match="--size 0: give 1 or more"):
+        main(["imagenet", "--size", "0"])
