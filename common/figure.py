@@ -95,7 +95,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
     metric = metric or groups[0]["headline"]
     tags = list(dict.fromkeys([metric, "train/loss"]))
     all_runs = [run for group in groups for run in group.runs]
-    in_images = (len({run.results["batch_size"] for run in all_runs}) > 1
+    in_images = (len({run.results.get("batch_size") for run in all_runs}) > 1
                  or all(run.results.get("x_axis") == "images" for run in all_runs))
     curves = [[read_curves(run.folder, tags, _axis(run, in_images)) for run in group.runs] for group in groups]
     drawn = [tag for tag in tags if any(run[tag] for runs in curves for run in runs)]
@@ -133,7 +133,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
 
 def _axis(run: Run, in_images: bool) -> Callable[[int], float]:
     """From what a run's points were logged at to what the figure is over."""
-    batch, logged_in_images = run.results["batch_size"], run.results.get("x_axis") == "images"
+    batch, logged_in_images = run.results.get("batch_size"), run.results.get("x_axis") == "images"
     if logged_in_images == in_images:
         return float
     return (lambda step: float(step * batch)) if in_images else (lambda images: float(images // batch))

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,14 @@ class StudyCLI(LightningCLI):
             steps = read(self.checkpoint)["global_step"] if self.checkpoint else 0
             if self.checkpoint:
                 rank_zero_only(print)(f"goes on: {self.checkpoint}, after step {steps}")
-        return Events(self.folder, self.datamodule if self.options.x_axis == "images" else None, steps)
+        return Events(self.folder, self._batch(), steps)
+
+    def _batch(self) -> Callable[[], int] | None:
+        """The images of a step, where they are what the x axis counts."""
+        if self.subcommand == "fit":
+            return (lambda: self.datamodule.global_batch) if self.options.x_axis == "images" else None
+        results = run.read_results(self.folder)  # an evaluation joins the curves that are there, whatever their axis
+        return (lambda: results["batch_size"]) if results.get("x_axis") == "images" else None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = {"model": self.model, "datamodule": self.datamodule}

@@ -24,10 +24,10 @@ class Curves(L.Callback):
 
     Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
     `train/l1`. The loss, like them, is that of the step's whole global batch. Between two points nothing is read from
-    the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too. `train/mfu`,
-    the share of the devices' peak that the model's own FLOPs reach, is left out where the peak is not known.
-    `train/data_wait` is the share of the time in which there was no batch to train on; where it is large, that is said.
-    `train/grad_norm` is the norm of all gradients before they are clipped.
+    the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too, unless `Events`
+    makes images of them. `train/mfu`, the share of the devices' peak that the model's own FLOPs reach, is left out
+    where the peak is not known. `train/data_wait` is the share of the time in which there was no batch to train on;
+    where it is large, that is said. `train/grad_norm` is the norm of all gradients before they are clipped.
 
     Args:
         refuse_nonfinite: stop where a loss or a gradient is not finite, and name the step.

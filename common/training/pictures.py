@@ -35,8 +35,7 @@ class Pictures(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"{self.name}.png")
         if trainer.logger is not None:
-            x = trainer.logger.x(trainer.global_step)
-            trainer.logger.experiment.add_image(f"val/{self.name}", picture, x, dataformats="HWC")
+            trainer.logger.experiment.add_image(f"val/{self.name}", picture, trainer.global_step, dataformats="HWC")
 
 
 def pixels(figure: Figure) -> np.ndarray:

@@ -231,7 +231,7 @@ class RunFolder(L.Callback):
     def _leave_nothing(self, trainer: L.Trainer) -> None:
         """A start that failed before its first batch is no run: without this it would stand in every comparison."""
         if trainer.is_global_zero and trainer.logger and self.folder.is_dir():
-            trainer.logger.experiment.close()
+            trainer.logger.finalize("failed")  # `experiment` would open one, perhaps before there are data
             for events in self.folder.glob("events.out.tfevents.*"):
                 events.unlink()
             if not any(self.folder.iterdir()):
