@@ -95,7 +95,8 @@ class LatentData(ImageData):
     def prepared(self) -> dict[str, Any]:
         """What latents depend on beside the autoencoder, as JSON knows it."""
         return {"dataset": self.dataset, "image_size": list(self.image_size), "eval_crop": self.eval_crop,
-                "interpolation": self.augment.interpolation, "eval_interpolation": self.eval_interpolation}
+                "interpolation": self.augment.interpolation, "eval_interpolation": self.eval_interpolation,
+                "store": self.store}
 
     def refuse_uncacheable(self) -> None:
         if replace(self.augment, flip=0.0) != replace(PLAIN, interpolation=self.augment.interpolation):

@@ -35,13 +35,15 @@ class TrainingPreparation:
     def batch(self, images: Tensor, shapes: Tensor, draws: Tensor, keys: Sequence[Draw]) -> Tensor:
         """The same of stored squares uint8 (B, C, s, s), cropped in one batch: uint8 (B, C, H, W)."""
         placed = (self.augment.place_squares(images, shapes, draws, self.size) * 255).round().byte()
+        if self.rand_augment is None:
+            return placed
         return torch.stack([self.randomised(image, draw) for image, draw in zip(placed, keys, strict=True)])
 
     def randomised(self, image: Tensor, draw: Draw) -> Tensor:
         """RandAugment of one uint8 image (3, H, W)."""
-        keys = self.seed, draw.epoch, draw.index
         from PIL import Image
 
+        keys = self.seed, draw.epoch, draw.index
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         with seeded("rand_augment", *keys):
             picture = self.rand_augment(picture)

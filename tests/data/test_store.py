@@ -15,6 +15,9 @@ from common.data import Digits, Flowers102, ImageFolder, ImageNet
 from common.data.augment import Augment
 from common.data.crop import Boxes, stretched
 from common.data.folders import decode
+from common.data.loader import Draw
+from common.data.preparation import TrainingPreparation
+from common.data.sets import StoredSet
 from common.data.store import differences, main, make
 from common.data.stored import Store, location
 from common.errors import InputError
@@ -96,6 +99,23 @@ def test_training_reads_the_store_and_validation_the_files(root, command):
         shard.unlink()
     outcome = command("validate", "--run_name", "store", *options, "--data.store", SIZE, config=IMAGENET28, small=False)
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("text", [None, "rand-m9-mstd0.5-inc1"])
+def test_a_loader_s_process_prepares_what_the_device_cannot(root, text):
+    """Segments are cut there, after the crop; RandAugment draws by image, whatever the batch."""
+    make(ImageNet(), root, SIZE, workers=1)
+    augment = Augment(crop_scale=(0.3, 1.0), interpolation="bicubic", rand_augment=text)
+    prepare = TrainingPreparation(augment, (8, 8), 0, (0.5,))
+    stored = StoredSet(store_of(root)[0], 0, augment, prepare)
+    draws = [Draw(1, index, 0) for index in range(6)]
+    batch = stored.__getitems__(draws)
+    assert batch["image"].shape == (6, 3, 8, 8) and batch["image"].dtype == torch.uint8 and "shape" not in batch
+    again = torch.cat([stored.__getitems__([draw])["image"] for draw in draws])
+    assert torch.equal(batch["image"], again)
+    plain = StoredSet(stored.store, 0, augment).__getitems__(draws)
+    crops = augment.place_squares(plain["image"], plain["shape"], augment.draws(0, 1, torch.arange(6)), (8, 8)) * 255
+    assert torch.equal(batch["image"], crops.round().byte()) is (text is None)
 
 
 def test_it_goes_on_where_it_stopped_and_notices_damage(root, capsys, monkeypatch):
