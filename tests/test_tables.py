@@ -38,6 +38,7 @@ def test_designs_of_the_three_models():
     assert conv.mixing == 18  # 17 convolutions of 3x3 and more, and the pooling; three of 1x1 mix nothing
     assert (patches.sides, patches.first, patches.mixing, patches.local) == ((4,), 256, 5, 1)
     assert (pixels.sides, pixels.first, pixels.mixing, pixels.local) == ((12,), 1, 4, 0)
+    assert (patches.layers, patches.commuting) == (6, 5)  # on a grid of 4x4
     assert conv.verdicts == ("yes", "yes", "yes")
     assert pixels.verdicts == ("no", "weakened", "no")
 
