@@ -192,7 +192,7 @@ class Prepared(ImageSet):
 
     def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
         for place in self.places(images, rank, ranks):
-            yield place, torch.stack([self._prepare(self._decoded(picture), None) for picture in self.pictures[place]])
+            yield place, self._prepare([self._decoded(picture) for picture in self.pictures[place]])
 
     def _decoded(self, picture: Tensor | str) -> Tensor:
         return picture if isinstance(picture, Tensor) else decode(picture, self.channels)

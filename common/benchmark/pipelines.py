@@ -13,6 +13,7 @@ import torch
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.data.augment import Augment
 from common.data.folders import ImageFolder, decode
+from common.data.sets import AT_ONCE
 from common.data.store import CROP, differences, make
 from common.data.stored import Store
 
@@ -70,10 +71,9 @@ def _pil(files: list[str], chosen: torch.Tensor) -> Callable[[], None]:
 
 def _files(files: list[str], chosen: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
-        for some in chosen.split(BATCH):
-            draws = RECIPE.draws(0, 0, some)
-            pairs = zip(some.tolist(), draws, strict=True)
-            torch.stack([RECIPE.place_one(decode(files[i], 3), draw, SIZE) for i, draw in pairs]).float().div_(255)
+        for some in chosen.split(AT_ONCE):
+            images = [decode(files[i], 3) for i in some.tolist()]
+            RECIPE.place_each(images, RECIPE.draws(0, 0, some), SIZE).float().div_(255)
 
     return run
 

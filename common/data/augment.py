@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,14 +115,17 @@ class Augment:
         # Only what is left is divided by 255: a pass over all that is stored would cost as much as the crop.
         return torch.cat([resample(some.float(), *of_some) for some, *of_some in parts]).div_(255).clamp_(0, 1)
 
-    def place_one(self, image: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
-        """Crop and flip of one uint8 image (C, h, w), whose `draws` are (DRAWS,): uint8 (C, H, W)."""
+    def place_each(self, images: Sequence[Tensor], draws: Tensor, size: tuple[int, int]) -> Tensor:
+        """Crop and flip of uint8 images (C, h, w) of any sizes, whose `draws` are (B, DRAWS): uint8 (B, C, H, W)."""
         if self.crop_scale is None:
-            image = fit_one(image, size, 1.0, self.interpolation)
+            placed = [fit_one(image, size, 1.0, self.interpolation) for image in images]
         else:
-            box = self._boxes(draws[None], image)
-            image = crop_one(image, tuple(int(side) for side in box), size, self.interpolation)
-        return image.flip(-1) if draws[FLIP] < self.flip else image
+            shapes = torch.tensor([image.shape[-2:] for image in images])
+            boxes = random_boxes(draws[:, :BOX_DRAWS], *shapes.unbind(1), self.crop_scale, self.crop_ratio)
+            placed = [crop_one(image, tuple(box), size, self.interpolation)
+                      for image, box in zip(images, torch.stack(boxes, 1).tolist(), strict=True)]
+        flips = (draws[:, FLIP] < self.flip).tolist()
+        return torch.stack([image.flip(-1) if flip else image for image, flip in zip(placed, flips, strict=True)])
 
     def _boxes(self, draws: Tensor, images: Tensor) -> Boxes:
         return random_boxes(draws[:, :BOX_DRAWS], *images.shape[-2:], self.crop_scale, self.crop_ratio)

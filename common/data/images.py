@@ -147,7 +147,7 @@ class ImageData(GlobalBatchData):
             return ResidentSet(_in_memory(pictures.images, self.channels), pictures.labels, prepare)
         if self.store is not None and split == "train":
             store = Store(location(self.source, self.root, self.store), *pictures)
-            return StoredSet(store, self.trainer.seed, self.augment, prepare)
+            return StoredSet(store, prepare)
         return FileSet(*pictures, self.channels, prepare, exact=split != "train", max_unreadable=self.max_unreadable)
 
     def _files_to_predict(self) -> list[str]:

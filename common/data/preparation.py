@@ -1,4 +1,4 @@
-"""What a loader's process does to one decoded image, so that images of any size become a batch."""
+"""What a loader's process does to decoded images, so that images of any sizes become a batch."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ class TrainingPreparation:
         self.augment, self.size, self.seed = augment, size, seed
         self.rand_augment = _rand_augment(augment, size, mean) if augment.rand_augment else None
 
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        keys = self.seed, draw.epoch, draw.index
-        image = self.augment.place_one(image, self.augment.draws(*keys), self.size)
-        return image if self.rand_augment is None else self.randomised(image, draw)
+    def __call__(self, images: Sequence[Tensor], draws: Sequence[Draw]) -> Tensor:
+        return self._randomised(self.augment.place_each(images, self._drawn(draws), self.size), draws)
 
-    def batch(self, images: Tensor, shapes: Tensor, draws: Tensor, keys: Sequence[Draw]) -> Tensor:
-        """The same of stored squares uint8 (B, C, s, s), cropped in one batch: uint8 (B, C, H, W)."""
-        placed = (self.augment.place_squares(images, shapes, draws, self.size) * 255).round().byte()
+    def squares(self, squares: Tensor, shapes: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """The same of squares uint8 (B, C, s, s) of a store, which were images of `shapes` (B, 2)."""
+        placed = self.augment.place_squares(squares, shapes, self._drawn(draws), self.size)
+        return self._randomised((placed * 255).round().byte(), draws)
+
+    def _drawn(self, draws: Sequence[Draw]) -> Tensor:
+        epochs, indices, _ = torch.tensor(list(zip(*draws, strict=True)))
+        return self.augment.draws(self.seed, epochs, indices)
+
+    def _randomised(self, images: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """RandAugment of uint8 images (B, 3, H, W), where there is any."""
         if self.rand_augment is None:
-            return placed
-        return torch.stack([self.randomised(image, draw) for image, draw in zip(placed, keys, strict=True)])
-
-    def randomised(self, image: Tensor, draw: Draw) -> Tensor:
-        """RandAugment of one uint8 image (3, H, W)."""
+            return images
         from PIL import Image
 
-        keys = self.seed, draw.epoch, draw.index
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        with seeded("rand_augment", *keys):
-            picture = self.rand_augment(picture)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        results = []
+        for image, draw in zip(images, draws, strict=True):
+            with seeded("rand_augment", self.seed, draw.epoch, draw.index):
+                results.append(self.rand_augment(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())))
+        return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in results])
 
 
 def _rand_augment(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Callable[[Any], Any]:
@@ -77,5 +79,5 @@ class EvaluationPreparation:
     def __init__(self, size: tuple[int, int], share: float, interpolation: Interpolation) -> None:
         self.size, self.share, self.interpolation = size, share, interpolation
 
-    def __call__(self, image: Tensor, _: Draw) -> Tensor:
-        return fit_one(image, self.size, self.share, self.interpolation)
+    def __call__(self, images: Sequence[Tensor], draws: Sequence[Draw] = ()) -> Tensor:
+        return torch.stack([fit_one(image, self.size, self.share, self.interpolation) for image in images])

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.data.augment import Augment
 from common.data.folders import decode
 from common.data.loader import Draw
 from common.data.preparation import TrainingPreparation
 from common.data.stored import Store
 from common.errors import InputError
 
-# What a loader's process does to one image (C, h, w) for one draw: uint8 (C, H, W) of the final size.
-Prepare = Callable[[Tensor, Draw], Tensor]
+# What a loader's process does to images (C, h, w) of any sizes, each for its draw: uint8 (B, C, H, W) of one size.
+Prepare = Callable[[Sequence[Tensor], Sequence[Draw]], Tensor]
+AT_ONCE = 32  # images that are held decoded, since whole photographs are large
 
 
 def _keys(draws: list[Draw]) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ class ResidentSet(Dataset):
         keys = _keys(draws)
         images = self.images.index_select(0, keys["index"])  # six times as fast as indexing
         if self.prepare is not None:
-            images = torch.stack([self.prepare(*pair) for pair in zip(images, draws, strict=True)])
+            images = self.prepare(images, draws)
         return {"image": images, "label": self.labels[keys["index"]], **keys}
 
 
@@ -54,8 +54,8 @@ class StoredSet(Dataset):
         prepare: crops and randomises a batch where that is no work for the device.
     """
 
-    def __init__(self, store: Store, seed: int, augment: Augment, prepare: TrainingPreparation | None = None) -> None:
-        self.store, self.seed, self.augment, self.prepare = store, seed, augment, prepare
+    def __init__(self, store: Store, prepare: TrainingPreparation | None = None) -> None:
+        self.store, self.prepare = store, prepare
 
     def __len__(self) -> int:
         return len(self.store)
@@ -66,8 +66,7 @@ class StoredSet(Dataset):
         batch = {"image": images, "label": self.store.labels[keys["index"]], **keys}
         if self.prepare is None:
             return {**batch, "shape": shapes}
-        drawn = self.augment.draws(self.seed, keys["epoch"], keys["index"])
-        return {**batch, "image": self.prepare.batch(images, shapes, drawn, draws)}
+        return {**batch, "image": self.prepare.squares(images, shapes, draws)}
 
 
 class FileSet(Dataset):
@@ -94,12 +93,13 @@ class FileSet(Dataset):
         return len(self.files)
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        images, taken = [], []
-        for draw in draws:
-            image, index = self._decoded(draw.index)
-            images.append(self.prepare(image, draw))
-            taken.append(index)
-        batch = {"image": torch.stack(images), **_keys(draws)}
+        parts, taken = [], []
+        for start in range(0, len(draws), AT_ONCE):
+            some = draws[start : start + AT_ONCE]
+            images, indices = zip(*(self._decoded(draw.index) for draw in some), strict=True)
+            parts.append(self.prepare(images, some))
+            taken += indices
+        batch = {"image": torch.cat(parts), **_keys(draws)}
         if self.labels is None:
             return {**batch, "file": [self.files[index] for index in taken]}
         return {**batch, "label": self.labels[taken]}

@@ -131,8 +131,7 @@ def differences(store: Store, files: list[str], channels: int) -> dict[str, floa
     draws, size = augment.draws(0, 0, chosen), (CROP, CROP)
     images, shapes = store.take(chosen.tolist())
     ours = augment.place_squares(images, shapes, draws, size) * 255
-    theirs = torch.stack([augment.place_one(decode(files[i], channels), draw, size)
-                          for i, draw in zip(chosen.tolist(), draws, strict=True)])
+    theirs = augment.place_each([decode(files[i], channels) for i in chosen.tolist()], draws, size)
     off = (ours.round() - theirs.float()).abs()
     return {"mean": off.mean().item(), "max": off.max().item()}
 

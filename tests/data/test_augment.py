@@ -68,7 +68,7 @@ def test_one_by_one_equals_the_batch_but_for_rounding(scale: tuple[float, float]
     draws = recipe.draws(0, 2, torch.arange(12))
     together = recipe.batch(images, draws, (16, 16), MEAN, STD)
     for i, image in enumerate(images):
-        alone = TrainingPreparation(recipe, (16, 16), 0, (0.5,))(image, Draw(2, i, 0))
+        alone = TrainingPreparation(recipe, (16, 16), 0, (0.5,))([image], [Draw(2, i, 0)])[0]
         assert alone.dtype == torch.uint8
         torch.testing.assert_close(alone / 255, together[i], atol=2 / 255, rtol=0)
 
@@ -80,8 +80,8 @@ def test_training_by_adm_halves_then_flips() -> None:
                   for how in ("bicubic", "adm"))  # fmt: skip
     flips = []
     for index in range(16):
-        result = adm(image, Draw(0, index, 0))
-        assert (result.int() - plain(image, Draw(0, index, 0)).int()).abs().max() > 8
+        result, other = (prepare([image], [Draw(0, index, 0)])[0] for prepare in (adm, plain))
+        assert (result.int() - other.int()).abs().max() > 8
         flips.append(result.equal(expected.flip(-1)))
         assert flips[-1] or result.equal(expected)
     assert 0 < sum(flips) < 16
@@ -93,12 +93,16 @@ def test_rand_augment_is_a_function_of_its_keys_and_leaves_the_generators_alone(
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1).item()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    results = {(epoch, index): prepare(image, Draw(epoch, index, 0)) for epoch in range(3) for index in range(6)}
+    results = {(epoch, index): prepare([image], [Draw(epoch, index, 0)])[0]
+               for epoch in range(3) for index in range(6)}
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     assert len({result.numpy().tobytes() for result in results.values()}) == 18
     again = TrainingPreparation(RAND, (32, 32), 5, (0.485, 0.456, 0.406))
     for (epoch, index), result in reversed(results.items()):
-        assert again(image, Draw(epoch, index, 99)).equal(result)
+        assert again([image], [Draw(epoch, index, 99)])[0].equal(result)
+    draws = [Draw(1, index, 0) for index in range(6)]
+    together = again([image] * 6, draws)
+    assert all(together[index].equal(results[1, index]) for index in range(6))
 
 
 @pytest.mark.parametrize("recipe", [RAND, replace(RAND, crop_scale=None, interpolation="adm")], ids=["bicubic", "adm"])

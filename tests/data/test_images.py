@@ -126,7 +126,7 @@ def spoilt(folder: Path, budget: int, exact: bool = False) -> FileSet:
     files = sorted(str(path) for path in folder.glob("train/*/*.png"))
     for index in (2, 3, 8):
         Path(files[index]).write_bytes(b"no picture")
-    return FileSet(files, torch.arange(12), 3, lambda image, _: image[:, :8, :8], exact, budget)
+    return FileSet(files, torch.arange(12), 3, lambda images, _: torch.stack(images)[..., :8, :8], exact, budget)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -250,7 +250,7 @@ def test_a_random_crop_takes_the_image_at_random_places_only_as_it_is():
     together = recipe.batch(image.expand(20, -1, -1, -1), recipe.draws(0, 1, torch.arange(20)), (14, 14),
                             torch.zeros(3), torch.ones(3))  # fmt: skip
     for index in range(20):
-        for found in (prepare(image, Draw(1, index, 0)), (together[index] * 255).round().byte()):
+        for found in (prepare([image], [Draw(1, index, 0)])[0], (together[index] * 255).round().byte()):
             columns, rows = found[0].int(), found[1].int()
             assert (columns == columns[:1]).all() and (rows == rows[:, :1]).all() and not found[2].any()
             assert (columns[0].diff() > 0).all() and (rows[:, 0].diff() > 0).all()
@@ -281,7 +281,7 @@ def test_rand_augment_still_turns_smoothly():
         recipe = Augment(interpolation="nearest", rand_augment="rand-m9-n2-mstd0.5", rand_augment_interpolation=how)
         prepare = TrainingPreparation(recipe, (32, 32), 0, (0.0,))
         prepare.rand_augment.ops = [op for op in prepare.rand_augment.ops if op.name in ("Rotate", "ShearX", "ShearY")]
-        found = torch.stack([prepare(edge, Draw(0, index, 0)) for index in range(12)])
+        found = prepare([edge] * 12, [Draw(0, index, 0) for index in range(12)])
         greys[how] = found[(found > 0) & (found < 255)]
     assert len(greys[None]) > 200 and torch.equal(greys[None], greys["bicubic"]) and len(greys["nearest"]) == 0
 

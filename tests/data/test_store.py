@@ -64,11 +64,11 @@ def test_crops_are_those_of_the_files_and_mirrored_alike(root):
     draws = augment.draws(3, 1, torch.arange(120))
     images, shapes = store.take(index.tolist())
     ours = augment.place_squares(images, shapes, draws, (8, 8)) * 255
-    theirs = torch.stack([augment.place_one(decode(files[i], 3), d, (8, 8)) for i, d in zip(index, draws, strict=True)])
+    theirs = augment.place_each([decode(files[i], 3) for i in index], draws, (8, 8))
     assert (ours - theirs).abs().mean() < 1.0
     whole = Augment(interpolation="bicubic")
     ours = whole.place_squares(*store.take(range(6)), draws[:6], (8, 8)) * 255
-    theirs = torch.stack([whole.place_one(decode(file, 3), draws[0], (8, 8)) for file in files])
+    theirs = whole.place_each([decode(file, 3) for file in files], draws[:6], (8, 8))
     assert (ours - theirs).abs().mean() < 1.0
     assert 0 < differences(store, files, 3)["mean"] < 2
 
@@ -107,13 +107,13 @@ def test_a_loader_s_process_prepares_what_the_device_cannot(root, text):
     make(ImageNet(), root, SIZE, workers=1)
     augment = Augment(crop_scale=(0.3, 1.0), interpolation="bicubic", rand_augment=text)
     prepare = TrainingPreparation(augment, (8, 8), 0, (0.5,))
-    stored = StoredSet(store_of(root)[0], 0, augment, prepare)
+    stored = StoredSet(store_of(root)[0], prepare)
     draws = [Draw(1, index, 0) for index in range(6)]
     batch = stored.__getitems__(draws)
     assert batch["image"].shape == (6, 3, 8, 8) and batch["image"].dtype == torch.uint8 and "shape" not in batch
     again = torch.cat([stored.__getitems__([draw])["image"] for draw in draws])
     assert torch.equal(batch["image"], again)
-    plain = StoredSet(stored.store, 0, augment).__getitems__(draws)
+    plain = StoredSet(stored.store).__getitems__(draws)
     crops = augment.place_squares(plain["image"], plain["shape"], augment.draws(0, 1, torch.arange(6)), (8, 8)) * 255
     assert torch.equal(batch["image"], crops.round().byte()) is (text is None)
 
