@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="a column, such as val/acc1 or best/val/acc1; repeatable; "
                              "default: the headline metrics that all runs have")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE",
-                        help="only runs with this setting: a key of results.json or config.yaml, such as patch_size=1, "
-                             "optim.lr=4e-3 or dataset=digits,shapes; repeatable")
+                        help="only runs with this setting: a key of results.json, or of what results depend on in "
+                             "config.yaml, such as patch_size=1, optim.lr=4e-3 or dataset=digits,shapes; repeatable")
     parser.add_argument("--by", metavar="KEY",
                         help="a row for each value of this setting, such as patch_size or model.depth, over all runs "
                              "that have it; differences then are between runs that are alike in all else")

@@ -84,9 +84,14 @@ class Comparison:
         return ", ".join(f"{key} {our} instead of {their}" for key, our, their in pairs if our != their)
 
     def difference(self, group: Group, tag: str) -> float | None:
-        """Mean of the group minus the baseline's."""
+        """Mean of the group minus the baseline's; of groups by a setting, over the pairs of runs."""
         ours, theirs = group.statistic(tag), self.baseline.statistic(tag)
-        return ours.mean - theirs.mean if ours and theirs and group is not self.baseline else None
+        if not (ours and theirs) or group is self.baseline:
+            return None
+        if self.by:  # between runs that are alike in all else
+            test = self.paired(group, tag)
+            return test and test.mean
+        return ours.mean - theirs.mean
 
     def paired(self, group: Group, tag: str) -> Paired | None:
         """The differences to the baseline, pair by pair; None where no run of one has its match in the other."""
@@ -129,13 +134,15 @@ class Comparison:
             decimals = digits(tag, value and value.mean, difference)
             cells.append(Cell(value.text(decimals) if value else "-", group in best[tag]))
             test = self.paired(group, tag)
-            significance = f" ({test.text()})" if test and test.p is not None else ""
+            # Of the difference that is shown: not where one side has seeds that the other lacks.
+            whole = test and test.p is not None and abs(test.mean - difference) < 1e-9
+            significance = f" ({test.text()})" if whole else ""
             cells.append(Cell(f"{difference:+.{decimals}f}{significance}{mark}" if difference is not None else "-"))
         return cells
 
     def notes(self) -> list[str]:
         """What a reader of the table must know."""
-        lines = ["mean ± standard deviation (number of seeds); "
+        lines = [f"mean ± standard deviation (number of {'runs' if self.by else 'seeds'}); "
                  f"differences to {self.baseline.label}" if self.baseline else "no finished run"]
         if any(test and test.p is not None for group in self.groups for tag in self.metrics
                for test in [self.baseline and self.paired(group, tag)]):
@@ -181,6 +188,8 @@ class Comparison:
 
 def pair(one: Group, other: Group, tag: str) -> Paired | None:
     """The differences of a metric between runs of two groups that are matched; None where no two are."""
+    if any(len(set(group.pairing)) < len(group.pairing) for group in (one, other)):
+        return None  # runs of one seed that started from several weights: which one pairs with which is not told
     ours, theirs = one.measured(tag), other.measured(tag)
     shared = [key for key in ours if key in theirs]
     return paired([ours[key] for key in shared], [theirs[key] for key in shared]) if shared else None

@@ -131,7 +131,7 @@ def chosen(runs: Iterable[Run], conditions: Iterable[str]) -> list[Run]:
         if not (name and equals and values):
             raise InputError(f"--where {condition}: give KEY=VALUE, such as patch_size=1 or optim.lr=4e-3,1e-3")
         known = {str(run.setting(name)) for run in runs if run.results}
-        wanted = {text for value in values.split(",") for text in known if _same(text, value)}
+        wanted = {text for value in [values, *values.split(",")] for text in known if _same(text, value)}
         if not wanted:
             raise InputError(f"--where {condition}: no run has it; {name} is {', '.join(sorted(known)) or 'unknown'}")
         runs = [run for run in runs if not run.results or str(run.setting(name)) in wanted]
@@ -253,16 +253,20 @@ def _by_arm(runs: Iterable[Run], labels: Mapping[Path, str]) -> list[Group]:
 def _by_setting(runs: Iterable[Run], name: str) -> list[Group]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(str(run.setting(name)), []).append(run)
-    if set(groups) == {"None"}:
+        if run.setting(name) is not None:
+            groups.setdefault(str(run.setting(name)), []).append(run)
+    if not groups:
         raise InputError(f"--by {name}: no run has this setting; it is a key of results.json or of a run's config.yaml")
     return [Group(f"{name} {value}", tuple(members), tuple(_all_but(run, name) for run in members))
             for value, members in groups.items()]
 
 
 def _all_but(run: Run, name: str) -> frozenset[tuple[str, str]]:
-    return frozenset((key, str(value)) for key, value in run.config.items()
-                     if key != name and not key.endswith(f".{name}"))
+    """The settings of a run apart from one. What results.json calls by a short name stands in these places."""
+    of_results = {f"{place}{name}" for place in ("model.", "model.optim.", "data.", "trainer.max_")}
+    if name not in run.results:
+        of_results = {key for key in run.config if key == name or key.endswith(f".{name}")}
+    return frozenset((key, str(value)) for key, value in run.config.items() if key not in of_results)
 
 
 def _sample(run: Run) -> tuple[int, str]:

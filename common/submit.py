@@ -58,6 +58,8 @@ def arrays(id: str, words: list[str], options: argparse.Namespace) -> Iterator[t
         raise InputError(f"--seeds {chosen.seeds}: give a number of seeds, 1 or more")
     if id != "all":
         exhibits[id].scale(chosen.scale)  # which it must have
+    elif not any(chosen.scale in exhibit.scales for exhibit in exhibits.values()):
+        raise InputError(f"--scale {chosen.scale}: no table or figure has such a scale")
     starts = runs_of(exhibits.values() if id == "all" else [exhibits[id]], chosen.scale, chosen.seeds)
     levels: dict[int, list[int]] = {}
     folders: set[Path] = set()

@@ -96,7 +96,7 @@ class LatentData(ImageData):
         """What latents depend on beside the autoencoder, as JSON knows it."""
         return {"dataset": self.dataset, "image_size": list(self.image_size), "eval_crop": self.eval_crop,
                 "interpolation": self.augment.interpolation, "eval_interpolation": self.eval_interpolation,
-                "store": self.store}
+                **({"store": self.store} if self.store is not None else {})}
 
     def refuse_uncacheable(self) -> None:
         if replace(self.augment, flip=0.0) != replace(PLAIN, interpolation=self.augment.interpolation):

@@ -278,9 +278,18 @@ def test_differences_are_tested_over_the_seeds_that_both_have(two_arms, make_run
     assert comparison.difference(one, "val/acc1") == pytest.approx(87.0 - 92.0)
     test = comparison.paired(one, "val/acc1")
     assert (test.mean, test.std, test.n) == (4.0, 1.0, 3)
+    assert comparison.rows()[0][6].text == "-5.00"  # and not with the p of another difference
     assert test.p == pytest.approx(ttest_rel([95, 96, 97], [90, 92, 94]).pvalue)
     record = next(record for record in comparison.records() if record["run"] == one.label)
     assert (record["val/acc1 p"], record["val/acc1 pairs"]) == (test.p, 3)
+
+
+def test_seeds_that_stand_twice_in_a_group_are_not_paired(make_run):
+    """Seed 0 from the weights of two runs is two samples, and no pair of another arm's seed 0."""
+    twice = [make_run(f"a{source}", 90.0 + source, init_from=f"runs/mae/before-s{source}") for source in (0, 1)]
+    comparison = Comparison(find_runs([*twice, make_run("b", 80.0, patch=4)]))
+    assert comparison.groups[0].statistic("val/acc1").n == 2
+    assert comparison.paired(comparison.groups[0], "val/acc1") is None
 
 
 @pytest.mark.parametrize("ours, theirs, p", [([1.0], [2.0], None), ([1.0, 2.0], [1.0, 2.0], 1.0),
@@ -311,6 +320,9 @@ def test_rows_by_any_setting(make_run):
     assert test.p == pytest.approx(ttest_rel([95, 90], [93, 89]).pvalue)
     assert comparison.settings(one) == "its runs differ in data.batch_size"
     assert comparison.rows()[0][2].text == "10 x 128, 256" and not comparison.mark(one)
+    assert comparison.rows()[0][6].text.startswith("+1.50 (p = ")
+    alone = Comparison(find_runs([*runs, make_run("r1-512", 50.0, 0, 1, batch_size=512)]), by="patch_size")
+    assert alone.difference(alone.groups[0], "val/acc1") == 1.5  # a run without its match is in the mean alone
     by_batch = Comparison(find_runs(runs), by="data.batch_size")
     assert by_batch.mark(by_batch.groups[1])  # another budget is marked, whatever the rows are
 

@@ -82,6 +82,8 @@ def test_the_config_file(tmp_path: Path, text: str, parts: list) -> None:
     ("common.compare", ["absent"], ["absent: no such folder", "runs/STUDY/RUN_NAME"]),
     ("common.compare", ["."], [".: not a run folder", "results.json"]),
     ("common.compare", [".", "--figure", "x.doc"], ["--figure x.doc", ".png"]),
+    ("common.paper", ["run", "T3a", "--scale", "demo", "--slurm=--sbatch 'x"], ["--slurm=--sbatch 'x: no closing"]),
+    ("common.submit", ["all", "--scale", "huge"], ["--scale huge: no table or figure has such a scale"]),
     ("common.paper", ["show", "T99"], ["T99: no such table or figure", "T3a"]),
     ("common.paper", ["run", "T3a", "--scale", "huge"], ["--scale huge", "demo, gpu, paper"]),
     ("common.paper", ["run", "T3a", "--scale", "demo", "--seeds", "0"], ["--seeds 0", "1 or more"]),

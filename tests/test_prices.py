@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.paper import cost
-from common.paper.exhibits import Start, read_exhibits
+from common.paper.exhibits import Arm, Start, read_exhibits
 
 EXHIBITS = read_exhibits()
 
@@ -72,8 +72,18 @@ def test_a_changed_config_is_priced_anew(monkeypatch):
     assert cost.price(start) == cost.Price(1, 1, 1, 1, 1)
 
 
+def test_a_price_depends_on_what_its_config_starts_from(tmp_path):
+    (tmp_path / "base.yaml").write_text("a: 1")
+    (tmp_path / "arm.yaml").write_text("extends: base.yaml\nb: 2")
+    start = Start(Arm("x", "supervised", tmp_path / "arm.yaml", {}, {}), 0, {})
+    before = cost._digest(start)
+    (tmp_path / "base.yaml").write_text("a: 2")
+    assert cost._digest(start) != before
+
+
 @pytest.mark.parametrize("flops, scale, text", [
-    (3.6e12, "demo", "1 min"), (1e9, "demo", "0.1 min"), (790e12 * 3600, "gpu", "1 H200 h"),
+    (3.6e12, "demo", "1 min"), (60 * 60e9 * 120, "demo", "120 min"), (1e9, "demo", "0.1 min"),
+    (790e12 * 3600, "gpu", "1 H200 h"),
     (790e12 * 3600 * 1234, "paper", "1,234 H200 h"),
 ])
 def test_durations(flops, scale, text):

@@ -55,7 +55,7 @@ class StoredSet(Dataset):
     """
 
     def __init__(self, store: Store, prepare: TrainingPreparation | None = None) -> None:
-        self.store, self.prepare = store, prepare
+        self.store, self.labels, self.prepare = store, store.labels, prepare
 
     def __len__(self) -> int:
         return len(self.store)
@@ -63,7 +63,7 @@ class StoredSet(Dataset):
     def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
         keys = _keys(draws)
         images, shapes = self.store.take([draw.index for draw in draws])
-        batch = {"image": images, "label": self.store.labels[keys["index"]], **keys}
+        batch = {"image": images, "label": self.labels[keys["index"]], **keys}
         if self.prepare is None:
             return {**batch, "shape": shapes}
         return {**batch, "image": self.prepare.squares(images, shapes, draws)}

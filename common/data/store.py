@@ -25,6 +25,7 @@ import torch
 from common.command import run_command
 from common.data.augment import Augment
 from common.data.folders import Flowers102, ImageFolder, ImageNet, decode
+from common.data.sets import AT_ONCE
 from common.data.sources import Source
 from common.data.stored import SHARD, Store, fingerprint, location, mapped, shapes_of, shard_file
 from common.errors import InputError
@@ -48,7 +49,7 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
     begun = folder / "started.json"
     if begun.is_file() and json.loads(begun.read_text()) != started:
         raise InputError(f"{folder}: is a store of other images; remove it, or name another root")
-    begun.write_text(json.dumps(started))
+    _write(begun, json.dumps(started).encode())
 
     parts = {number: files[number * SHARD :][:SHARD] for number in range(-(-len(files) // SHARD))}
     known = folder / "index.json"
@@ -99,7 +100,7 @@ def _write_shard(folder: Path, number: int, files: list[str], channels: int, siz
 
     path = shard_file(folder, number)
     if path.is_file() and shapes_of(path).is_file():
-        return zlib.crc32(mapped(path)), False
+        return _checksum(mapped(path), np.array(mapped(shapes_of(path)))), False
     images, shapes = np.empty((len(files), channels, size, size), np.uint8), np.empty((len(files), 2), np.int64)
     for row, file in enumerate(files):
         image = decode(file, channels)
@@ -112,7 +113,11 @@ def _write_shard(folder: Path, number: int, files: list[str], channels: int, siz
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(place)
-    return zlib.crc32(images), True
+    return _checksum(images, shapes), True
+
+
+def _checksum(images: np.ndarray, shapes: np.ndarray) -> int:
+    return zlib.crc32(shapes, zlib.crc32(images))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -129,11 +134,12 @@ def differences(store: Store, files: list[str], channels: int) -> dict[str, floa
     augment = Augment(crop_scale=(0.08, 1.0), interpolation="bicubic")
     chosen = torch.linspace(0, len(store) - 1, min(COMPARED, len(store))).long()
     draws, size = augment.draws(0, 0, chosen), (CROP, CROP)
-    images, shapes = store.take(chosen.tolist())
-    ours = augment.place_squares(images, shapes, draws, size) * 255
-    theirs = augment.place_each([decode(files[i], channels) for i in chosen.tolist()], draws, size)
-    off = (ours.round() - theirs.float()).abs()
-    return {"mean": off.mean().item(), "max": off.max().item()}
+    off = []
+    for some, drawn in zip(chosen.split(AT_ONCE), draws.split(AT_ONCE), strict=True):
+        ours = augment.place_squares(*store.take(some.tolist()), drawn, size) * 255
+        theirs = augment.place_each([decode(files[i], channels) for i in some.tolist()], drawn, size)
+        off.append((ours.round() - theirs.float()).abs())
+    return {"mean": torch.cat(off).mean().item(), "max": torch.cat(off).max().item()}
 
 
 def _source(name: str) -> Source:

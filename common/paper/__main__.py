@@ -65,7 +65,11 @@ def main(arguments: list[str]) -> int:
         from common.submit import main as submit
 
         seeds = ["--seeds", str(options.seeds)] if options.seeds else []
-        return submit([*shlex.split(options.slurm), "--go", options.id, "--scale", options.scale, *seeds])
+        try:
+            words = shlex.split(options.slurm)
+        except ValueError as error:
+            raise InputError(f"--slurm={options.slurm}: {str(error).lower()}") from error
+        return submit([*words, "--go", options.id, "--scale", options.scale, *seeds])
     if options.command == "run" and options.id == ALL:
         return run_all(chosen, options.scale, options.seeds)
     if options.command == "commands":

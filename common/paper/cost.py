@@ -11,7 +11,9 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,14 +52,17 @@ class Price(NamedTuple):
         return 20 * self.parameters
 
     def text(self) -> str:
-        return (f"{self.parameters / 1e6:,.3g} M parameters, {self.images / 1e6:,.3g} M images, {self.flops:.2g} FLOP, "
-                f"memory {self.state_bytes / 1e9:.2g} GB and {self.activation_bytes / 1e6:,.3g} MB an image")
+        numbers = (self.parameters / 1e6, self.images / 1e6, self.activation_bytes / 1e6)
+        parameters, images, activations = (f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in numbers)
+        return (f"{parameters} M parameters, {images} M images, {self.flops:.2g} FLOP, memory "
+                f"{self.state_bytes / 1e9:.2g} GB and {activations} MB an image")
 
 
 def duration(flops: float, scale: str) -> str:
     """About how long on two cores at scale demo; otherwise how long on one H200 at the least."""
     if scale == "demo":
-        return f"{max(flops / CORES / 60, 0.1):.2g} min"
+        minutes = max(flops / CORES / 60, 0.1)
+        return f"{minutes:.0f} min" if minutes >= 10 else f"{minutes:.2g} min"
     hours = flops / H200 / 3600
     return f"{hours:,.0f} H200 h" if hours >= 10 else f"{hours:.2g} H200 h"
 
@@ -112,8 +117,16 @@ def _key(start: Start) -> str:
 
 
 def _digest(start: Start) -> str:
-    texts = [start.arm.config.read_bytes(), *(_digest(source).encode() for source in start.sources.values())]
+    texts = [*_texts(start.arm.config), *(_digest(source).encode() for source in start.sources.values())]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
+
+
+def _texts(config: Path) -> Iterator[bytes]:
+    """Of a config and of those that it starts from."""
+    text = config.read_bytes()
+    yield text
+    if base := re.search(rb"^extends: *(\S+)", text, re.MULTILINE):
+        yield from _texts(config.parent / base[1].decode())
 
 
 def main(arguments: list[str]) -> int:

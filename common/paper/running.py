@@ -87,7 +87,7 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
                       "command goes on there", file=sys.stderr)
                 return 1
         print(f"{place}: {price(start).flops:.2g} FLOP; {pace.left()}", flush=True)
-        began = time.perf_counter()
+        fresh, began = state(start) == "missing", time.perf_counter()
         for stage in start.stages:
             if (state(start) == "not tested") == (stage == "test"):
                 print(start.shown(stage), flush=True)
@@ -98,7 +98,8 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
             tags = [tag for tag in sorted(read_run(folder).results["metrics"]) if tag.startswith("test/")]
             raise InputError(f"{exhibit.study}/paper.yaml: {exhibit.id}, scale {scale.name}: metric {start.judged_by}: "
                              f"the test of {folder} did not measure it; there is {', '.join(tags) or 'none of test/'}")
-        pace.done(start, time.perf_counter() - began)
+        whole = fresh and state(start) == "finished"  # not what is left of a run that went on
+        pace.done(start, time.perf_counter() - began if whole else 0.0)
     code = 0
     if scale.draws:
         scale.figure(exhibit.id).unlink(missing_ok=True)  # drawn of fewer runs

@@ -21,7 +21,8 @@ class Section:
     """An exhibit at one scale: its finished runs compared, and those that are not, by their state.
 
     Args:
-        starts: its runs; by default those of the scale's own number of seeds, and of each further one that has any.
+        starts: its runs; by default those of the scale's own number of seeds, and of the next ones as long as they
+            have any.
     """
 
     def __init__(self, exhibit: Exhibit, scale: Scale, starts: Iterable[Start] | None = None) -> None:
@@ -138,7 +139,7 @@ def difference_text(one: Group, other: Group, metric: str) -> str:
 
 
 def _started(scale: Scale) -> list[Start]:
-    """The runs of the scale's own number of seeds, and of each further seed that has one."""
+    """The runs of the scale's own number of seeds, and of the next seeds up to the first that has none."""
     seeds, starts = scale.seeds, scale.starts()
     while True:
         seeds += 1

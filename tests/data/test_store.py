@@ -134,8 +134,16 @@ def test_it_goes_on_where_it_stopped_and_notices_damage(root, capsys, monkeypatc
     gone.write_bytes(data)
     with pytest.raises(InputError, match="00001.npy: damaged; remove it"):
         make(ImageNet(), root, SIZE, workers=1)
+    gone.unlink()
+    make(ImageNet(), root, SIZE, workers=1)
+    shapes = folder / "00002-shapes.npy"
+    data = bytearray(shapes.read_bytes())
+    data[-8] ^= 1
+    shapes.write_bytes(data)
+    with pytest.raises(InputError, match="00002.npy: damaged; remove it"):
+        make(ImageNet(), root, SIZE, workers=1)
     gone.write_bytes(b"")
-    with pytest.raises(InputError, match="00001.npy: missing or damaged"):
+    with pytest.raises(InputError, match="00001.npy: damaged"):
         store_of(root)
 
 
