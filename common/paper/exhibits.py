@@ -58,7 +58,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.errors import InputError
-from common.identity import config_hash, flatten
+from common.identity import config_hash, covered, flatten
+from common.runs import read_run
 
 if TYPE_CHECKING:
     from common.training.cli import StudyCLI
@@ -128,7 +129,9 @@ class Start:
     def located(self) -> tuple[Path, str]:
         """The run folder, and the hash of the config that belongs into it."""
         folder, config = _read(self.arm.study, tuple(self.arguments))
-        return folder, config_hash(config)
+        # The same number may have been written as 35 and be read as 35.0, which are equal but hash otherwise.
+        there = read_run(folder).config
+        return folder, config_hash(dict(there) if there == covered(config) else config)
 
     @property
     def sampling(self) -> dict[str, Any]:
