@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ RECIPE = Augment(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)
 
 def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tuple[str, ...]]:
     """The rows of the table, for so many draws of the photographs of `folder`, or of those that scikit-image ships."""
-    with tempfile.TemporaryDirectory() as root, photographs(folder, Path(root)) as source:
+    with tempfile.TemporaryDirectory() as root:
+        source = ImageFolder(folder or photographs(Path(root) / "photographs"))
         files, labels = source.read(Path(root), "train")
         store = Store(make(source, Path(root), side, workers=1), files, labels)
         chosen = torch.arange(images) % len(files)
@@ -40,18 +40,15 @@ def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tup
     return rows
 
 
-@contextmanager
-def photographs(folder: str | None, root: Path) -> Iterator[ImageFolder]:
-    if folder is not None:
-        yield ImageFolder(folder)
-        return
+def photographs(folder: Path) -> str:
+    """Writes those that scikit-image ships as JPEG files, a class each; the folder."""
     from PIL import Image
     from skimage import data
 
     for name in ("astronaut", "chelsea", "coffee"):
-        (root / "photographs" / "train" / name).mkdir(parents=True)
-        Image.fromarray(getattr(data, name)()).save(root / "photographs" / "train" / name / "0.jpg", quality=95)
-    yield ImageFolder(str(root / "photographs"))
+        (folder / "train" / name).mkdir(parents=True)
+        Image.fromarray(getattr(data, name)()).save(folder / "train" / name / "0.jpg", quality=95)
+    return str(folder)
 
 
 def _pil(files: list[str], chosen: torch.Tensor) -> Callable[[], None]:
