@@ -161,8 +161,10 @@ def folders(monkeypatch):
     """Run folders where the test says, so that what is done with them is tested apart from the command line."""
 
     def located(start):
-        name = f"{start.arm.config.stem}-p{start.arm.overrides.get('model.patch_size', 1)}-s{start.seed}"
-        return Path("runs") / start.arm.study / name, "hash"
+        patch = start.arm.overrides.get("model.patch_size", 1)
+        sources = {option: str(source.located[0]) for option, source in start.sources.items()}
+        return (Path("runs", start.arm.study, f"{start.arm.config.stem}-p{patch}-s{start.seed}"),
+                {"seed_everything": start.seed, "model.patch_size": patch, **sources})
 
     monkeypatch.setattr(Start, "located", property(located))
 
@@ -381,12 +383,16 @@ def test_states_follow_the_run_folders(exhibits, folders):
     scale = exhibits()["X1"].scale("demo")
     assert _states(scale) == "4 missing"
     for start, status in zip(scale.starts(), ("finished", "running", "failed"), strict=False):
-        folder, _ = start.located
+        folder, config = start.located
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps({"status": status, "seed": 0, "metrics": {}}))
-        (folder / "config.yaml").write_text("model: {}")
+        (folder / "config.yaml").write_text(json.dumps(config))
     assert _states(scale) == "1 failed, 1 finished, 1 missing, 1 unfinished"
-    (folder / "results.json").write_text('{"status": "finished", "config_hash": "other", "seed": 0, "metrics": {}}')
+    (folder / "results.json").write_text('{"status": "finished", "seed": 0, "metrics": {}}')
+    read = {**config, "seed_everything": float(start.seed)}  # as a parser may read it
+    (folder / "config.yaml").write_text(json.dumps(read))
+    assert _states(scale) == "2 finished, 1 missing, 1 unfinished"
+    (folder / "config.yaml").write_text(json.dumps({**config, "model.size": "tiny"}))
     assert _states(scale) == "1 another config, 1 finished, 1 missing, 1 unfinished"
     (folder / "results.json").write_text('{"status": "finished", "seed": 0}')  # without metrics
     assert _states(scale) == "1 finished, 1 missing, 1 unfinished, 1 unreadable"
@@ -529,7 +535,7 @@ def change(folder: str, **results) -> None:
 def test_a_report_shows_what_runs_left_and_averages_finished_ones_alone(study, capfd):
     exhibit = study(scales={"demo": {"config": "tiny_set", "seeds": 2}, "paper": {"config": "tiny_set"}})["X1"]
     assert run(exhibit, exhibit.scale("demo"), 3) == 0
-    change("tiny_set-p2-s1", config_hash="of another config")
+    Path("runs/supervised/tiny_set-p2-s1/config.yaml").write_text("{model: {patch_size: 4}}")
     change("tiny_set-p1-s2", status="running", epoch=0)
     Path("runs/supervised/tiny_set-p2-s2/results.json").write_text("{")
     for seed in (0, 1):

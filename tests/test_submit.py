@@ -140,12 +140,12 @@ def test_seeds_are_handed_on(jobs: Callable) -> None:
 
 def finish(start) -> None:
     """As the run folder of a finished start, in so far as it is looked at."""
-    folder, expected = start.located
+    folder, config = start.located
     folder.mkdir(parents=True)
-    results = {"status": "finished", "config_hash": expected, "metrics": {}, "run_name": folder.name, "study": "x",
-               "dataset": "x", "seed": start.seed, "epochs": 1}
+    results = {"status": "finished", "metrics": {}, "run_name": folder.name, "study": "x", "dataset": "x",
+               "seed": start.seed, "epochs": 1}
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "config.yaml").write_text("{model: {}}")
+    (folder / "config.yaml").write_text(json.dumps(config))
 
 
 def test_what_is_finished_is_left_out(jobs: Callable, capsys: pytest.CaptureFixture) -> None:

@@ -58,8 +58,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.errors import InputError
-from common.identity import config_hash, covered, flatten
-from common.runs import read_run
+from common.identity import covered, flatten
 
 if TYPE_CHECKING:
     from common.training.cli import StudyCLI
@@ -126,12 +125,10 @@ class Start:
         return [sys.executable, "-m", self.arm.study, stage, *self.arguments]
 
     @property
-    def located(self) -> tuple[Path, str]:
-        """The run folder, and the hash of the config that belongs into it."""
+    def located(self) -> tuple[Path, dict[str, Any]]:
+        """The run folder, and what results depend on in the config that belongs into it."""
         folder, config = _read(self.arm.study, tuple(self.arguments))
-        # The same number may have been written as 35 and be read as 35.0, which are equal but hash otherwise.
-        there = read_run(folder).config
-        return folder, config_hash(dict(there) if there == covered(config) else config)
+        return folder, covered(config)
 
     @property
     def sampling(self) -> dict[str, Any]:

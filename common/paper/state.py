@@ -14,11 +14,11 @@ def state(start: Start) -> str:
     names = f"{start.arm.config.stem}*-s{start.seed}*"
     if "run_name" not in start.arm.overrides and not any((RUNS / start.arm.study).glob(names)):
         return "missing"
-    folder, expected_hash = start.located
+    folder, expected = start.located
     if not (folder / "results.json").is_file():
         return "missing"
     run = read_run(folder)
-    if run.results.get("config_hash", expected_hash) != expected_hash:
+    if run.status != "unreadable" and run.config != expected:
         return "another config"
     if changed_source(run.results):
         return "of other weights"

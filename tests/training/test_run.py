@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from common.errors import InputError
-from common.identity import config_hash, flatten
+from common.identity import arm_hash, config_hash, flatten
 from common.training import run
 from common.training.checkpoints import read
 from supervised import Classification
@@ -70,6 +70,16 @@ def test_what_they_do_not_depend_on_is_not(key, value):
 
 def test_the_hash_does_not_depend_on_the_order_of_keys():
     assert config_hash(dict(reversed(CONFIG.items()))) == config_hash(CONFIG)
+
+
+def test_equal_numbers_hash_equally():
+    def hashes(clip, betas, flag=True):
+        callbacks = [{"class_path": "C", "init_args": {"betas": betas, "flag": flag}}]
+        config = changed("trainer.gradient_clip_val", clip) | {"trainer.callbacks": callbacks}
+        return config_hash(config), arm_hash(config)
+
+    assert hashes(35, [1, 0.9]) == hashes(35.0, (1.0, 0.9))
+    assert len({hashes(35.5, [1, 0.9]), hashes(35, [1, 0.9]), hashes(35, [1, 0.9], False), hashes(35, [1])}) == 4
 
 
 def test_the_default_name():
