@@ -13,7 +13,8 @@ COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
 COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
                    "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
-               "data.max_unreadable", "data.latents", "model.picture_epochs", "model.picture_steps")
+               "data.max_unreadable", "data.on_device", "data.latents", "model.picture_epochs", "model.picture_steps",
+               "model.checkpoint_blocks")
 RUNS = ("init_from", "continue_from", "data.autoencoder")  # whose values may be run folders
 # Options of what is done with a trained run, which answers to all of them.
 AFTERWARDS = ("model.predict.", "model.evaluation.")

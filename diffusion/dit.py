@@ -36,7 +36,8 @@ class DiT(nn.Module):
             there is no null class.
         learn_variance: predict the variance too, in as many further channels.
         qk_norm: normalise queries and keys per head.
-        checkpoint_blocks: number of blocks, from the first on, that recompute their activations in the backward.
+        checkpoint_blocks: number of blocks, from the first on, that recompute their activations in the backward; auto
+            leaves it to the training, which takes as few as fit into memory.
 
     Raises:
         InputError: arguments that do not fit together, named with what would be right.
@@ -56,7 +57,7 @@ class DiT(nn.Module):
         label_dropout: float = 0.1,
         learn_variance: bool = True,
         qk_norm: bool = False,
-        checkpoint_blocks: int = 0,
+        checkpoint_blocks: int | Literal["auto"] = 0,
     ) -> None:
         super().__init__()
         self.width, self.depth, self.heads = resolve_size(size, width, depth, heads)
@@ -89,7 +90,7 @@ class DiT(nn.Module):
             raise InputError(f"model.position={self.position!r} is not known; choose learned or sincos")
         if not 0.0 <= self.label_dropout < 1.0:
             raise InputError(f"model.label_dropout={self.label_dropout} must be at least 0 and below 1; DiT has 0.1")
-        if not 0 <= self.checkpoint_blocks <= self.depth:
+        if self.checkpoint_blocks != "auto" and not 0 <= self.checkpoint_blocks <= self.depth:
             raise InputError(f"model.checkpoint_blocks={self.checkpoint_blocks} must be between 0 and "
                              f"depth={self.depth}")
         if self.channels < 1:

@@ -101,6 +101,7 @@ class SegmentClassification(Classification):
     """
 
     data_class = SegmentedImages
+    masked = True
 
     def build(self, data: SegmentedImages) -> SegmentTransformer:
         if self.probe:

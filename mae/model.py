@@ -67,7 +67,7 @@ class MaskedAutoencoder(VisionTransformer):
         else:
             self.decoder_pos_embed = nn.Parameter(torch.empty(1, 1 + self.tokens, decoder_width))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_heads, qk_norm=qk_norm) for _ in range(decoder_depth)
+            Block(decoder_width, decoder_heads, qk_norm) for _ in range(decoder_depth)
         )
         self.decoder_norm = LayerNorm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, patch_size**2 * channels)

@@ -18,9 +18,10 @@ from common.data.folders import SUFFIXES, decode, is_image
 from common.data.inventory import describe
 from common.data.loader import GlobalBatchData
 from common.data.preparation import EvaluationPreparation, TrainingPreparation
-from common.data.sets import FileSet, ResidentSet, StoredSet
+from common.data.sets import FileSet, HeldSet, ResidentSet, StoredSet
 from common.data.sources import Source
 from common.data.stored import Store, location
+from common.device import device_memory
 from common.errors import InputError
 
 
@@ -44,6 +45,8 @@ class ImageData(GlobalBatchData):
         eval_interpolation: of that resizing, as in Augment; adm needs an eval_crop of 1 and squares.
         store: side of the squares of a store (python -m common.data.store), from which training images are cropped in
             place of the files: much faster, and a little blurred. Validation and test read the files.
+        on_device: keep the training images of a small source or of a store on the device, so that nothing but indices
+            goes there; left out, on a GPU where they take no more than a quarter of its memory.
         max_unreadable: training images that may be unreadable and are replaced; more of them stop the run.
         images: a folder of images to predict, its subfolders included.
         **kwargs: see GlobalBatchData.
@@ -61,6 +64,7 @@ class ImageData(GlobalBatchData):
         eval_crop: float = 1.0,
         eval_interpolation: Interpolation = "bicubic",
         store: int | None = None,
+        on_device: bool | None = None,
         max_unreadable: int = 0,
         images: str | None = None,
         **kwargs: Any,
@@ -70,7 +74,9 @@ class ImageData(GlobalBatchData):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.mean, self.std = self._per_channel("mean", mean), self._per_channel("std", std)
         self.eval_crop, self.eval_interpolation = eval_crop, eval_interpolation
-        self.store, self.max_unreadable, self.images = store, max_unreadable, images
+        self.store, self.on_device = store, on_device
+        self.max_unreadable, self.images = max_unreadable, images
+        self.held: dict[str, Tensor] = {}  # the training images, where the device has them all
         if min(self.image_size) < 1:
             raise InputError(f"data.image_size: {image_size} is not a positive number of pixels")
         if min(self.std) <= 0:
@@ -141,14 +147,35 @@ class ImageData(GlobalBatchData):
     def load(self, split: str) -> Dataset:
         if split == "predict":
             return FileSet(self._files_to_predict(), None, self.channels, self._preparation(split))
+        if split == "train" and self.on_device and not self._on_device("train"):
+            raise InputError("data.on_device: true is for crops that a device can take of what is in memory or in a "
+                             "store; files, rand_augment and segments are the work of the loader's processes")
         pictures = self.source.read(self.root, split)
         prepare = self._preparation(split)
         if self.source.resident:
-            return ResidentSet(_in_memory(pictures.images, self.channels), pictures.labels, prepare)
+            images = _in_memory(pictures.images, self.channels)
+            if split == "train" and self._holds(images.nbytes):
+                return self._held(pictures.labels, image=images)
+            return ResidentSet(images, pictures.labels, prepare)
         if self.store is not None and split == "train":
             store = Store(location(self.source, self.root, self.store), *pictures)
+            if self._holds(store.nbytes):
+                device = self.trainer.strategy.root_device
+                return self._held(store.labels, image=store.images(device), shape=torch.from_numpy(store.shapes))
             return StoredSet(store, prepare)
         return FileSet(*pictures, self.channels, prepare, exact=split != "train", max_unreadable=self.max_unreadable)
+
+    def _holds(self, size: int) -> bool:
+        """Whether the device is to keep training images of so many bytes."""
+        if self.on_device is not None or not self._on_device("train"):
+            return bool(self.on_device)
+        device = self.trainer.strategy.root_device
+        return device.type == "cuda" and 4 * size <= device_memory(device)
+
+    def _held(self, labels: Tensor, **images: Tensor) -> HeldSet:
+        device = self.trainer.strategy.root_device
+        self.held = {name: values.to(device) for name, values in images.items()}
+        return HeldSet(labels)
 
     def _files_to_predict(self) -> list[str]:
         if self.images is None or not Path(self.images).is_dir():
@@ -176,6 +203,8 @@ class ImageData(GlobalBatchData):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         trainer = self.trainer
+        if "image" not in batch:
+            batch = {**batch, **{name: held.index_select(0, batch["index"]) for name, held in self.held.items()}}
         images = batch["image"]
         mean, std = images.new_tensor(self.mean, dtype=torch.float), images.new_tensor(self.std, dtype=torch.float)
         if trainer.training:

@@ -136,11 +136,14 @@ class GlobalBatchData(L.LightningDataModule):
             raise InputError(f"data.batch_size: {self.global_batch} images do not divide over {ranks} devices; "
                              f"{' or '.join(map(str, near)) or 'no batch of so few training images'} would")
         per_device = self.global_batch // ranks
-        most = self._most(module.images_that_fit(self)) if self.batch_per_device == "auto" else self.batch_per_device
+        asked = 1 if self.batch_per_device == "auto" else min(self.batch_per_device, per_device)
+        module.make_room(self, per_device if module.whole_batch else asked)
+        fitting = max(module.images_that_fit(self), 1)
+        most = self._most(fitting) if self.batch_per_device == "auto" else self.batch_per_device
         if module.whole_batch and per_device > most:
             raise InputError(f"data.batch_size: the loss is no mean over images and needs the {per_device} images of a "
                              f"device at once, but it holds {most}; use at most {most * ranks}, more devices, or "
-                             f"model.checkpoint_blocks, or set data.batch_per_device={per_device} if they do fit")
+                             f"model.checkpoint_blocks=auto, or set data.batch_per_device={per_device} if they fit")
         self.micro_batch = _micro_batch(per_device, most)
         if not self.micro_batch:
             near = next(n for gap in range(per_device) for n in (per_device + gap, per_device - gap)

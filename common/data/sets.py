@@ -47,6 +47,20 @@ class ResidentSet(Dataset):
         return {"image": images, "label": self.labels[keys["index"]], **keys}
 
 
+class HeldSet(Dataset):
+    """The labels of a set whose images the device holds, which takes them by `index`."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        keys = _keys(draws)
+        return {"label": self.labels[keys["index"]], **keys}
+
+
 class StoredSet(Dataset):
     """Squares of a store as they are, with the `shape` (B, 2) that each image had; or prepared in the loader's process.
 

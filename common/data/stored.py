@@ -21,7 +21,6 @@ class Store:
     """A finished store.
 
     Attributes:
-        images: uint8 (C, size, size) by number, mapped into memory.
         shapes: int64 (N, 2), height and width of each image before it was shrunk.
         labels: int64 (N,).
 
@@ -47,6 +46,17 @@ class Store:
 
     def __len__(self) -> int:
         return self.index["images"]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def images(self, device: torch.device) -> Tensor:
+        """All of them on a device, uint8 (N, C, size, size), copied there shard by shard."""
+        images = torch.empty((len(self), *self.shards[0].shape[1:]), dtype=torch.uint8, device=device)
+        for part, shard in zip(images.split(self.index["shard"]), self.shards, strict=True):
+            part.copy_(torch.from_numpy(np.array(shard)))
+        return images
 
     def take(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         """uint8 images (B, C, size, size) and their shapes (B, 2)."""

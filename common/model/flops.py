@@ -65,12 +65,3 @@ def activation_bytes(model: VisionTransformer, batch: int, precision: Precision 
         block += 12 * model.width**2 * 2
     full = max(model.depth - model.checkpoint_blocks, 1)
     return full * block + model.checkpoint_blocks * tokens * model.width * BYTES[precision][0]
-
-
-# Dense bf16 tensor-core peaks by the makers' data sheets.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
-def peak_flops(device: str) -> float | None:
-    """FLOP/s that a GPU of this name could do at most in bf16; None for one that is not in the table."""
-    return next((peak for name, peak in _PEAKS.items() if name in device), None)

@@ -59,40 +59,46 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """norm -> attention -> residual, norm -> MLP -> residual.
+    """norm -> attention -> residual, norm -> MLP -> residual."""
 
-    `drop_path` is the rate at which a sample skips a residual branch (Huang et al. 2016).
-    """
-
-    def __init__(self, width: int, heads: int, drop_path: float = 0.0, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
-        self.drop_path = drop_path
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads, qk_norm)
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor, draws: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) -> (B, N, D). `draws` (B, 2) are uniform in [0, 1), for the attention and for the MLP.
+    def forward(self, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) -> (B, N, D).
 
-        `mask` (B, N) is true for the tokens that are attended to.
+        `scale` (B, 2) are factors of a sample's two residual branches, see `keep_scale`; `mask` (B, N) is true for the
+        tokens that are attended to.
         """
-        if draws is None or self.drop_path == 0.0:
+        if scale is None:
             x = x + self.attn(self.norm1(x), mask)
             return x + self.mlp(self.norm2(x))
-        scale = keep_scale(draws, self.drop_path)
         x = x + scaled(self.attn(self.norm1(x), mask), scale[:, 0])
         return x + scaled(self.mlp(self.norm2(x)), scale[:, 1])
 
 
 def keep_scale(draws: Tensor, rate: float) -> Tensor:
-    """Factors of residual branches: 1 / (1 - rate) where a uniform draw is at least `rate`, else 0."""
+    """Factors of residual branches, of which a share of `rate` is skipped (Huang et al. 2016).
+
+    1 / (1 - rate) where a uniform draw in [0, 1) is at least `rate`, else 0.
+    """
     return (draws >= rate).to(draws.dtype) / (1.0 - rate)
 
 
 def scaled(branch: Tensor, scale: Tensor) -> Tensor:
     """Multiply each sample of a branch (B, N, D) by its factor (B), in the branch's own precision."""
     return branch * scale.to(branch.dtype)[:, None, None]
+
+
+def block_lists(net: nn.Module) -> list[nn.ModuleList]:
+    """The rows of Transformer blocks in a net: its encoder's, and its decoder's where it has one."""
+    return [row for row in net.modules() if isinstance(row, nn.ModuleList) and len(row)
+            and all(isinstance(block, nn.Module) and any(isinstance(part, Attention) for part in block.modules())
+                    for block in row)]  # fmt: skip
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.model.position import sincos_position
 from common.model.sizes import nearest_divisors, resolve_size
 from common.model.tokens import LinearTokens
-from common.model.transformer import Block, LayerNorm, drop_path_rates
+from common.model.transformer import Block, LayerNorm, drop_path_rates, keep_scale
 
 
 class VisionTransformer(nn.Module):
@@ -34,7 +34,8 @@ class VisionTransformer(nn.Module):
         drop_path: rate of skipped residual branches in the last block; it rises linearly from 0 in the first.
         qk_norm: normalise queries and keys per head.
         checkpoint_blocks: number of blocks, from the first on, that recompute their activations in the backward.
-            Each saves 15 of 16 stored values and costs a second forward of that block.
+            Each saves 15 of 16 stored values and costs a second forward of that block. auto leaves the number to the
+            training, which takes as few as fit into memory.
         head_std: standard deviation of the head's initial weights; MAE fine-tunes from 2e-5.
 
     Raises:
@@ -61,7 +62,7 @@ class VisionTransformer(nn.Module):
         position: Literal["learned", "sincos", "none"] = "learned",
         drop_path: float = 0.0,
         qk_norm: bool = False,
-        checkpoint_blocks: int = 0,
+        checkpoint_blocks: int | Literal["auto"] = 0,
         head_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -76,6 +77,7 @@ class VisionTransformer(nn.Module):
         self.pool = pool
         self.position = position
         self.drop_path = drop_path
+        self.drop_path_rates = drop_path_rates(drop_path, self.depth)
         self.qk_norm = qk_norm
         self.checkpoint_blocks = checkpoint_blocks
         self._check()
@@ -88,9 +90,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + self.tokens, self.width))
         else:
             self.pos_embed = None
-        self.blocks = nn.ModuleList(
-            Block(self.width, self.heads, rate, qk_norm) for rate in drop_path_rates(drop_path, self.depth)
-        )
+        self.blocks = nn.ModuleList(Block(self.width, self.heads, qk_norm) for _ in range(self.depth))
         self.norm = LayerNorm(self.width) if pool == "cls" else nn.Identity()
         self.fc_norm = LayerNorm(self.width) if pool == "avg" else nn.Identity()
         self.head = nn.Linear(self.width, classes) if classes else nn.Identity()
@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
             raise InputError(f"model.position={self.position!r} is not known; choose learned, sincos or none")
         if not 0.0 <= self.drop_path < 1.0:
             raise InputError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
-        if not 0 <= self.checkpoint_blocks <= self.depth:
+        if self.checkpoint_blocks != "auto" and not 0 <= self.checkpoint_blocks <= self.depth:
             raise InputError(f"model.checkpoint_blocks={self.checkpoint_blocks} must be between 0 and "
                              f"depth={self.depth}")
         if self.channels < 1:
@@ -165,13 +165,13 @@ class VisionTransformer(nn.Module):
     def encode(self, x: Tensor, drops: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Run the blocks over any set of embedded tokens (B, N, D), of which `mask` (B, N) may leave some out."""
         assert drops is not None or not (self.training and self.drop_path), "drop_path > 0 needs draws in training"
-        for index, block in enumerate(self.blocks):
-            draws = None if drops is None else drops[:, 2 * index : 2 * index + 2]
+        for index, (block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
+            scale = keep_scale(drops[:, 2 * index : 2 * index + 2], rate) if drops is not None and rate else None
             if index < self.checkpoint_blocks and torch.is_grad_enabled():
                 # The blocks draw no random numbers, so there is no generator state to keep.
-                x = checkpoint(block, x, draws, mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, scale, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, draws, mask)
+                x = block(x, scale, mask)
         return x
 
     def forward_head(self, tokens: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _built(start: Start) -> tuple[Experiment, GlobalBatchData, nn.Module]:
         data.autoencoder = _built(start.sources["data.autoencoder"])[2]
     data.without_files()
     with torch.device("meta"):
-        return module, data, module.build(data)
+        return module, data, module.built(data)
 
 
 @functools.cache

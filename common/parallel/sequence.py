@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from common.errors import InputError
-from common.model.transformer import Attention
+from common.model.transformer import Attention, block_lists
 from common.parallel.replicas import ReplicasStrategy
 
 
@@ -76,8 +76,7 @@ def divide_tokens(net: nn.Module, group: dist.ProcessGroup) -> None:
     sum of their losses. A parameter's gradient on a device is thus what its own copy contributes to that sum; the mean
     over the copies, which DDP takes, is the gradient of the mean loss, for a block's parameters as for a head's.
     """
-    lists = [blocks for blocks in net.modules() if isinstance(blocks, nn.ModuleList) and len(blocks)
-             and all(attentions(block) for block in blocks)]  # fmt: skip
+    lists = block_lists(net)
     if not lists:
         raise InputError(f"trainer.strategy: sequence divides the tokens of Transformer blocks, of which "
                          f"{type(net).__name__} has none; use ddp")

@@ -290,6 +290,8 @@ class StudyCLI(LightningCLI):
         trainer._checkpoint_connector._parse_ckpt_path = lambda _, path, **__: path
         trainer.seed = self.options.seed_everything
         self.model.init_from = None if self.checkpoint else self.options.init_from
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        self.model.compiled = on_gpu if self.options.compile is None else self.options.compile
         return trainer
 
     def _requeue(self) -> Requeue:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from common.model.flops import peak_flops
+from common.device import peak_flops
 
 STARVING = 0.3  # share of the time without data from which a warning is due
 

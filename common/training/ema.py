@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from common.training.compilation import compile_blocks
+
 
 class EMA(L.Callback):
     """Keeps an average in fp32 of the module's `net`, parameters and floating-point buffers, as `self.net`.
@@ -55,12 +57,19 @@ class EMA(L.Callback):
 
 
 def _average_of(module: L.LightningModule, trainer: L.Trainer) -> nn.Module:
+    net = _copy(module, trainer).float().requires_grad_(False).eval()
+    if module.compiled:  # a copy is not
+        compile_blocks(net)
+    return net
+
+
+def _copy(module: L.LightningModule, trainer: L.Trainer) -> nn.Module:
     sharded = {name: value for name, value in module.net.state_dict().items() if isinstance(value, DTensor)}
     if not sharded:
-        return copy.deepcopy(module.net).float().requires_grad_(False).eval()
-    net = module.build(trainer.datamodule).to(trainer.strategy.root_device)  # a sharded net refuses to be copied
+        return copy.deepcopy(module.net)
+    net = module.built(trainer.datamodule).to(trainer.strategy.root_device)  # a sharded net refuses to be copied
     net.load_state_dict({name: _whole(value) for name, value in module.net.state_dict().items()})
-    return net.float().requires_grad_(False).eval()
+    return net
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +12,12 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from common.data.loader import GlobalBatchData, rescale_progress
+from common.device import device_memory
 from common.errors import InputError
 from common.model.flops import Precision, activation_bytes, forward_flops, training_flops
 from common.model.vit import VisionTransformer
 from common.randomness import seeded, uniform
+from common.training.compilation import compile_blocks
 from common.training.ema import EMA
 from common.training.initialisation import initialise
 from common.training.optim import Recipe, adamw, lr_schedule
@@ -56,6 +57,7 @@ class Experiment(L.LightningModule):
     whole_batch = False
     # False where the parameters that receive a gradient change during training.
     static_graph = True
+    masked = False  # True where attention leaves tokens out
     picture = ""  # the name of the picture that a validation draws, where a study has one
     pictured = "validation images"  # what is in it
     judged = "images"  # what a test counts
@@ -67,6 +69,8 @@ class Experiment(L.LightningModule):
         self.optim, self.picture_epochs = optim, picture_epochs
         self.net: nn.Module | None = None
         self.init_from: str | None = None  # set by the command line for a fresh start alone
+        self.compiled = False  # set by the command line
+        self.recomputed = 0  # blocks, where the model's checkpoint_blocks is auto
         self.initialised: dict[str, Any] = {}
         self.scores: dict[str, MetricCollection] = {}
         self.record: dict[str, Any] = {}  # how a test was done, where its metrics do not say
@@ -103,13 +107,25 @@ class Experiment(L.LightningModule):
         if self.net is None:
             # On the CPU, whose generator is seeded: a run starts from the same weights on every device.
             with torch.device("cpu"), seeded("init", self.trainer.seed):
-                self.net = self.build(self.trainer.datamodule)
+                self.net = self.built(self.trainer.datamodule)
             if self.init_from:
                 self.initialised = self.initialise(self.net, self.init_from)
                 if self.trainer.state.fn != "fit" and self.initialised["missing"]:
                     raise InputError(f"--init_from: {self.init_from} lacks {', '.join(self.initialised['missing'][:3])}"
                                      f" ({len(self.initialised['missing'])} in all), without which there is nothing to "
                                      f"{self.trainer.state.fn.value}; fit trains them")
+            if self.compiled:
+                compile_blocks(self.net)
+
+    def built(self, data: GlobalBatchData) -> nn.Module:
+        """The net, with the number of blocks that recompute their activations where that was left to us."""
+        net = self.build(data)
+        if self._recomputes_as_needed(net):
+            self.backbone(net).checkpoint_blocks = self.recomputed
+        return net
+
+    def _recomputes_as_needed(self, net: nn.Module) -> bool:
+        return getattr(self.backbone(net), "checkpoint_blocks", 0) == "auto"
 
     def cost(self, net: nn.Module) -> Cost:
         vit = self.backbone(net)
@@ -132,13 +148,28 @@ class Experiment(L.LightningModule):
         return {}
 
     def images_that_fit(self, data: GlobalBatchData) -> int:
-        """The most images that a training step can hold on this device: 0.7 of its memory, less the weights' share."""
+        """The most images that a training step can hold on this device: 0.7 of its memory, less the weights' share.
+
+        0 where not even one fits.
+        """
         with torch.device("meta"):
-            cost = self.cost(self.build(data))
+            cost = self.cost(self.built(data))
         weights = 22 * cost.parameters  # fp32: weights, gradients, two moments, an average; and a bf16 copy
         room = 0.7 * device_memory(self.trainer.strategy.root_device) - weights
         share = getattr(self.trainer.strategy, "kept_share", 1)  # of an image's activations, where devices share it
-        return max(int(room / (share * cost.activation_bytes)), 1)
+        return max(int(room / (share * cost.activation_bytes)), 0)
+
+    def make_room(self, data: GlobalBatchData, images: int) -> None:
+        """Has as few blocks as possible recompute their activations so that so many images fit, where that is asked for
+        (model.checkpoint_blocks: auto).
+        """
+        with torch.device("meta"):
+            net = self.build(data)
+        if self._recomputes_as_needed(net):
+            self.recomputed = 0
+            # Recomputing the last one as well would gain nothing: one block at a time is whole.
+            while self.images_that_fit(data) < images and self.recomputed < self.backbone(net).depth - 1:
+                self.recomputed += 1
 
     # Training
 
@@ -233,10 +264,3 @@ class Experiment(L.LightningModule):
         self.trained_steps = checkpoint["global_step"]
         if self.trainer.state.fn == "fit":
             rescale_progress(checkpoint, self.trainer.accumulate_grad_batches)
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of the device; of the machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

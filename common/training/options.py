@@ -13,6 +13,8 @@ OPTIONS = {
                   "the last checkpoint; or leave out the optimiser's step, and count it as train/skipped_steps"),
     "x_axis": (Literal["step", "images"], "step", "what the curves are over: optimiser steps, or images seen, by which "
                "runs of different batches compare"),
+    "compile": (bool | None, None, "compile the Transformer's blocks, which takes a minute at the start and agrees to "
+                "rounding; default: on a GPU alone"),
     "requeue_signal": (str, "SIGUSR1", "signal (and SIGTERM) after which a run saves and asks Slurm to start it again"),
     "hang_timeout": (float, 1800.0, "seconds without a batch after which a rank writes its stacks and ends; 0: never"),
     "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.data.loader import GlobalBatchData
+from common.training.kernels import attention_kernels
 from common.training.module import Experiment
 from common.training.optim import parameter_groups
 
@@ -40,9 +41,18 @@ def effective_recipe(trainer: L.Trainer, module: Experiment, data: GlobalBatchDa
         "parameters": cost.parameters,
         "forward GFLOP per image": round(cost.forward_flops / 1e9, 4),
         "activation MB per image": round(cost.activation_bytes / 1e6, 2),
+        **({"blocks that recompute": module.recomputed} if module.recomputed else {}),
+        **_attention(trainer, module, cost.tokens),
         **module.notes(module.net),
         "H200 hours at 790 TFLOP/s": float(f"{cost.training_flops * images / H200_FLOPS / 3600:.3g}"),
     }
+
+
+def _attention(trainer: L.Trainer, module: Experiment, tokens: int) -> dict[str, str]:
+    prefix = getattr(module.backbone(module.net), "num_prefix_tokens", 0)
+    kernels = attention_kernels(module.net, prefix + tokens, module.masked, trainer.strategy.root_device,
+                                trainer.precision_plugin.forward_context())
+    return {"attention kernel": kernels} if kernels else {}
 
 
 def _count(groups: list[dict], decay: str) -> str:

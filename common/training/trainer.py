@@ -23,5 +23,5 @@ class Trainer(L.Trainer):
             print(line)
         datamodule.setup("fit")
         with torch.device("meta"):  # shapes alone: a Large model is checked in no memory
-            model.net = model.build(datamodule)
+            model.net = model.built(datamodule)
         print_recipe(effective_recipe(self, model, datamodule))

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 def attached(data: ImageData, **state: bool) -> ImageData:
     stages = {"training": False, "predicting": False, **state}
-    data.trainer = SimpleNamespace(seed=3, **stages)
+    data.trainer = SimpleNamespace(seed=3, strategy=SimpleNamespace(root_device=torch.device("cpu")), **stages)
     for split in ("train", "val"):
         data.sets[split] = data.load(split)
     return data
@@ -62,6 +62,35 @@ def test_a_batch_of_digits() -> None:
     assert batch["label"].equal(labels[[5, 2]])
     assert (batch["index"].tolist(), batch["place"].tolist(), batch["epoch"].tolist()) == ([5, 2], [0, 1], [1, 1])
     assert all(batch[key].dtype == torch.int64 for key in ("label", "index", "place", "epoch"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_the_device_holds_make_the_same_batches(workers: int) -> None:
+    """Only indices and labels come out of the loader; validation is as it was."""
+    sent, held = (attached(ImageData(Shapes(24, train=12), (16, 20), 4, augment=CROP, on_device=choice), training=True)
+                  for choice in (False, True))
+    some = draws(7, 3, 10, 3)
+    assert "image" not in held.sets["train"].__getitems__(some) and len(held.sets["train"]) == 12
+    there, expected = (loaded(data, "train", some, workers) for data in (held, sent))
+    assert there.keys() == expected.keys() and there["image"].equal(expected["image"])
+    assert there["label"].equal(expected["label"])
+    held.trainer.training = sent.trainer.training = False
+    assert loaded(held, "val", some)["image"].equal(loaded(sent, "val", some)["image"])
+
+
+def test_a_device_holds_what_takes_a_quarter_of_a_gpu(monkeypatch) -> None:
+    data = ImageData(Shapes(24, train=12), 24, 4)
+    room = 4 * 12 * 3 * 24 * 24  # bytes
+    for device, memory, holds in [("cuda", room, True), ("cuda", room - 1, False), ("cpu", 100 * room, False)]:
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), seed=0)
+        monkeypatch.setattr("common.data.images.device_memory", lambda _, memory=memory: memory)
+        assert data._holds(room // 4) == holds
+
+
+def test_a_device_cannot_hold_what_the_loader_has_to_work_on(folder: Path) -> None:
+    for source, augment in [(Shapes(24, train=12), RAND), (ImageFolder(str(folder)), CROP)]:
+        with pytest.raises(InputError, match="data.on_device: true is for crops that a device can take"):
+            attached(ImageData(source, 24, 4, augment=augment, on_device=True), training=True)
 
 
 @pytest.mark.parametrize("source", ["files", "memory"])

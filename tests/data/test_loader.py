@@ -100,7 +100,7 @@ def trainer_of(module: SimpleNamespace, ranks: int = 1, limit: float = 1.0) -> S
 def divided(images: int, batch_size: int, batch_per_device: int | str, ranks=1, fit=1, limit=1.0) -> GlobalBatchData:
     data = GlobalBatchData(batch_size, batch_per_device)
     data.sets = {"train": torch.zeros(images), "val": torch.zeros(1)}
-    module = SimpleNamespace(images_that_fit=lambda _: fit, whole_batch=False)
+    module = SimpleNamespace(images_that_fit=lambda _: fit, whole_batch=False, make_room=lambda *_: None)
     data.trainer = trainer_of(module, ranks, limit)
     data.setup("fit")
     return data
@@ -137,13 +137,14 @@ def test_a_limit_counts_global_batches():
 def test_a_loss_over_the_whole_batch_is_not_divided():
     data = GlobalBatchData(8, 4)
     data.sets = {"train": torch.zeros(100), "val": torch.zeros(1)}
-    module = SimpleNamespace(images_that_fit=lambda _: 8, whole_batch=True)
+    room = []  # for how many images it was asked
+    module = SimpleNamespace(images_that_fit=lambda _: 8, whole_batch=True, make_room=lambda _, n: room.append(n))
     data.trainer = trainer_of(module)
     with pytest.raises(InputError, match="data.batch_size: .* needs the 8 images .* but it holds 4"):
         data.setup("fit")
     data.batch_per_device = "auto"
     data.setup("fit")
-    assert data.micro_batch == 8
+    assert data.micro_batch == 8 and room == [8, 8]
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():

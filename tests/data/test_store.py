@@ -56,6 +56,14 @@ def test_it_holds_every_image_stretched_by_pillow_s_filter(root):
         assert shape.tolist() == [picture.height, picture.width]
 
 
+def test_a_device_is_given_all_of_it_shard_by_shard(root, monkeypatch):
+    monkeypatch.setattr("common.data.store.SHARD", 4)
+    make(ImageNet(), root, SIZE, workers=1)
+    store, files = store_of(root)
+    assert len(store.shards) == 2 and store.nbytes == len(files) * 3 * SIZE**2
+    assert store.images(torch.device("cpu")).equal(store.take(range(len(files)))[0])
+
+
 def test_crops_are_those_of_the_files_and_mirrored_alike(root):
     make(ImageNet(), root, SIZE, workers=1)
     store, files = store_of(root)

@@ -1,0 +1,22 @@
+"""What a device can do: its memory, and its peak."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Dense bf16 tensor-core peaks by the makers' data sheets.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(name: str) -> float | None:
+    """FLOP/s that a GPU of this name could do at most in bf16; None for one that is not in the table."""
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of the device; of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
