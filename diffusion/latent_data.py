@@ -85,6 +85,10 @@ class LatentData(ImageData):
                                      "of a latent cell")
         return self.autoencoder
 
+    def random_batch(self, images: int) -> dict[str, Tensor]:
+        latents = torch.randn(images, self.input_channels, *self.input_size)
+        return {**super().random_batch(images), "image": latents}
+
     @cached_property
     def fingerprint(self) -> str | None:
         """The autoencoder's, which a model belongs to that was trained on its latents."""
@@ -104,7 +108,9 @@ class LatentData(ImageData):
 
     def without_files(self) -> int:
         """Of an autoencoder that is not at hand, the form is the published one of the paper's latents."""
-        if self.autoencoder_source and self.autoencoder is None:
+        if self.autoencoder_source and Path(self.autoencoder_source).exists():
+            self.load_autoencoder()
+        elif self.autoencoder_source and self.autoencoder is None:
             with torch.device("meta"):
                 self.autoencoder = Autoencoder()
         return super().without_files()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data import ImageData
@@ -53,6 +54,11 @@ class SegmentedImages(ImageData):
             raise InputError(f"data.class_path: SegmentedImages does not go with {type(module).__name__}, which has no "
                              "use for segments; set model to locality_ablation.SegmentClassification")
         return SegmentedSet(super().load(split), self.segmentation)
+
+    def random_batch(self, images: int) -> dict[str, Tensor]:
+        """As many segments as an image may have, of pixels that lie anywhere."""
+        segments = torch.randint(self.segmentation.limit, (images, *self.image_size))
+        return {**super().random_batch(images), "segments": segments, "merged": torch.zeros(images)}
 
     def _on_device(self, split: str) -> bool:
         return False

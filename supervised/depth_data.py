@@ -154,6 +154,9 @@ class DepthData(GlobalBatchData):
     def without_files(self) -> int:
         return self.source.published or len(self.source.frames("train", self.root))
 
+    def random_batch(self, images: int) -> dict[str, Tensor]:
+        return {**super().random_batch(images), "depth": 1 + torch.rand(images, 1, *self.image_size)}
+
     def load(self, split: str) -> Dataset:
         if split == "predict":
             if self.images is None or not Path(self.images).is_dir():

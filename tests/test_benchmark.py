@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, that its sides do the same work, and that each mode runs. Nothing here is timed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
-from common.benchmark import augmentation, pipelines, scaling, trainer_cost, training_step
-from common.benchmark.__main__ import main, table
+from common.benchmark import augmentation, peers, pipelines, scaling, step, trainer_cost
+from common.benchmark.__main__ import main
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
-from common.benchmark.training_step import Case
+from common.benchmark.peers import Case
+from common.benchmark.report import table
 from common.errors import InputError
 from common.training.checkpoints import Checkpoints
 from common.training.curves import Curves
@@ -57,10 +59,10 @@ def test_ratios_and_differences_are_medians_over_pairs() -> None:
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
 def test_both_models_take_the_same_steps(patch_size: int, precision: str, tolerance: float) -> None:
     case = small(patch_size, precision)
-    nets = training_step.models(case)
+    nets = peers.models(case)
     losses = {}
     for name, net in nets.items():
-        step = training_step.training_step(net, *training_step.batch_of(case), precision)
+        step = peers.training_step(net, *peers.batch_of(case), precision)
         losses[name] = [step() for _ in range(5)]
     assert losses["ours"] == pytest.approx(losses["timm"], rel=tolerance)
     assert all(later < earlier for earlier, later in pairwise(losses["ours"]))
@@ -69,23 +71,23 @@ def test_both_models_take_the_same_steps(patch_size: int, precision: str, tolera
 
 
 def test_bf16_is_autocast() -> None:
-    images, labels = training_step.batch_of(small(1, "bf16"))
+    images, labels = peers.batch_of(small(1, "bf16"))
     seen = set()
     for precision in ("fp32", "bf16"):
-        net = training_step.models(small(1, precision))["ours"]
+        net = peers.models(small(1, precision))["ours"]
         net.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
-        training_step.training_step(net, images, labels, precision)()
+        peers.training_step(net, images, labels, precision)()
     assert seen == {torch.float32, torch.bfloat16}
 
 
 def test_a_timed_step_is_the_whole_step() -> None:
-    assert training_step.timed(lambda: time.sleep(0.02) or 0.0)() >= 0.02
+    assert peers.timed(lambda: time.sleep(0.02) or 0.0)() >= 0.02
 
 
 def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"ours": [0.1, 0.2, 0.4], "timm": [0.4, 0.4, 0.4]}
-    monkeypatch.setattr(training_step, "interleaved", lambda sides, rounds: times)
-    row = dict(zip(training_step.COLUMNS, training_step.measure(small(2, "fp32"), rounds=3), strict=True))
+    monkeypatch.setattr(peers, "interleaved", lambda sides, rounds: times)
+    row = dict(zip(peers.COLUMNS, peers.measure(small(2, "fp32"), rounds=3), strict=True))
     assert row["model"] == "nano/2, 1 blocks" and row["image"] == "4x4x3"
     assert (row["ours ms"], row["timm ms"]) == ("200.0", "400.0")
     assert (row["ours images/s"], row["timm images/s"]) == ("40", "20")
@@ -93,11 +95,11 @@ def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cases_are_those_of_the_acceptance() -> None:
-    covered = {(case.size, case.side, case.patch_size, case.precision) for case in training_step.cases(depth=3)}
+    covered = {(case.size, case.side, case.patch_size, case.precision) for case in peers.cases(depth=3)}
     cifar = {("tiny", 32, patch, precision) for patch in (1, 2) for precision in ("fp32", "bf16")}
     assert covered == {("nano", 8, 1, "fp32"), ("nano", 8, 2, "fp32")} | cifar
-    assert {case.depth for case in training_step.cases(depth=3) if case.size == "tiny"} == {3}
-    assert {case.batch for case in training_step.cases(depth=3, batch=5)} == {5}
+    assert {case.depth for case in peers.cases(depth=3) if case.size == "tiny"} == {3}
+    assert {case.batch for case in peers.cases(depth=3, batch=5)} == {5}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def lr_of(step: int) -> float:
 def test_the_trainer_is_timed_after_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 13.0, 14.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    module = trainer_cost.NullExperiment(training_step.RECIPE)
+    module = trainer_cost.NullExperiment(peers.RECIPE)
     for i in range(3):
         module.on_train_batch_end({}, {}, i)
     assert module.seconds == 2.0
@@ -259,29 +261,80 @@ def test_table_is_markdown() -> None:
     assert [cells(line) for line in lines] == [["a", "bb"], ["---", "--"], ["1", "2"], ["100", "20"]]
 
 
-def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture) -> None:
+def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
         small = ["--rounds", "1", "--depth", "1", "--batch", "1", "--steps", "3", "--images", "8", "--crops", "4"]
-        assert main(["all", *small]) == 0
+        assert main(["all", *small, "--json", str(tmp_path / "all.json"), "--config", CONFIG]) == 0
     finally:
         torch.set_num_threads(threads)
     output = capsys.readouterr().out
     head = output.split("|")[0]
-    assert f"`python -m common.benchmark all {' '.join(small)}`" in head
+    assert f"`python -m common.benchmark all {' '.join(small)} --json" in head
     assert f"torch {torch.__version__.split('+')[0]}" in head and "1 thread(s)" in head and "commit " in head
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
-    assert [len(row) for row in rows].count(len(training_step.COLUMNS)) == 2 + 6
+    assert [len(row) for row in rows].count(len(peers.COLUMNS)) == 2 + 6
     assert rows.count(list(trainer_cost.COLUMNS)) == rows.count(list(augmentation.COLUMNS)) == 1
     assert [row[0] for row in rows if len(row) == len(pipelines.COLUMNS)][-3:] == [
         "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96"]
     assert [len(row) for row in rows].count(3) == (2 + 3) + (2 + 2)  # headings, rules and rows of the other two
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["command"].startswith("python -m common.benchmark all") and "torch" in written["circumstances"]
+    tables = {table["caption"]: table["rows"] for table in written["tables"]}
+    [row] = tables["Training step of a config, on noise:"]
+    assert row["config"] == "supervised/digits" and row["tokens"] == 64 and row["compiled"] == "no"
+    assert sum(map(len, tables.values())) == sum(len(row) > 1 for row in rows) - 2 * len(tables)
+
+
+@pytest.mark.parametrize("config", [
+    "supervised/configs/digits.yaml", "supervised/configs/rooms.yaml", "supervised/configs/imagenet28.yaml",
+    "mae/configs/digits.yaml", "mae/configs/digits_finetune.yaml", "mae/configs/digits_probe.yaml",
+    "diffusion/configs/digits.yaml", "diffusion/configs/imagenet256.yaml", "diffusion/configs/autoencoder_digits.yaml",
+    "locality_ablation/configs/shapes.yaml",
+])
+def test_a_step_of_any_study_trains_its_net(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without data, and with the loss of its own `training_step`."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(CONFIG).parents[2] / config
+    narrow = [] if "autoencoder" in config else ["--model.width", "16", "--model.heads", "2", "--model.depth", "2"]
+    module, data = step.experiment(str(path), narrow, 4, compiled=None)
+    assert not module.compiled and module.net.training
+    taken = step.Step(module, data.random_batch(4))
+    before = [parameter.detach().clone() for parameter in module.net.parameters()]
+    assert all(taken().isfinite() for _ in range(2))
+    assert any(not now.equal(then) for now, then in zip(module.net.parameters(), before, strict=True))
+    if taken.average is not None:
+        changed = next(i for i, p in enumerate(module.net.parameters()) if not p.equal(before[i]))
+        assert not taken.average[changed].equal(before[changed])
+
+
+def test_row_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 images of three times the forward's FLOPs in 10 ms, of a peak that is known."""
+    monkeypatch.setattr(step, "seconds_of", lambda work, device: work() is None or 0.01)
+    monkeypatch.setattr(step, "peak", lambda device, precision: step.Peak(1e12, "a guess"))
+    options = ["--model.patch_size", "2", "--model.width", "32", "--model.heads", "2", "--model.depth", "1"]
+    row = dict(zip(step.COLUMNS, step.measure(CONFIG, options, 8, None, rounds=3), strict=True))
+    assert row["model"] == "/2, 1 x 32" and row["tokens"] == "16" and row["batch"] == "8"
+    flops = 3 * (2 * 16 * 4 * 32 + 24 * 17 * 32**2 + 4 * 17**2 * 32 + 2 * 32 * 10)
+    assert row["GFLOP an image"] == f"{flops / 1e9:.3f}" and row["ms (quartiles)"] == "10.0 (10.0 to 10.0)"
+    assert row["images/s"] == "800.0" and row["share of the peak"] == f"{800 * flops / 1e12:.1%} of a guess"
+
+
+def test_a_cpu_s_peak_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.5, 0.25, 1, 1, 1])
+    monkeypatch.setattr(step, "seconds_of", lambda work, device: next(seconds))
+    assert step.peak(torch.device("cpu"), "32-true").flops == 2 * step.SIDE**3 / 0.25
 
 
 @pytest.mark.parametrize("option", ["rounds", "threads", "depth", "batch", "steps", "images", "crops", "side"])
 def test_numbers_that_make_no_sense(option: str) -> None:
     with pytest.raises(InputError, match=f"--{option} 0: give a whole number"):
         main(["step", f"--{option}", "0"])
+
+
+def test_scaling_trains_one_config() -> None:
+    with pytest.raises(InputError, match="--config: scaling trains one, and there are 2"):
+        main(["scaling", "--config", CONFIG, CONFIG])
 
 
 def test_the_command_leaves_with_2_and_one_line() -> None:

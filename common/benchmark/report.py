@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +35,42 @@ def circumstances(module: str, arguments: Sequence[str], rounds: int) -> Iterato
     yield f"`{shlex.join(['python', '-m', module, *arguments])}`  "
     yield f"{cpu}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}; " \
           f"commit {commit()}; medians over {rounds} rounds"
+
+
+class Section(NamedTuple):
+    """A table with its caption."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def publish(
+    module: str, arguments: Sequence[str], rounds: int, sections: Iterable[Section], file: str | None = None
+) -> None:
+    """Prints the tables of `python -m module arguments`, each as soon as it is there, and what they mean nothing
+    without; writes the same as JSON to a file where one is named.
+    """
+    from common.training.run import write_atomically  # with Lightning, which costs seconds
+
+    head = list(circumstances(module, arguments, rounds))
+    print(*head, sep="\n", flush=True)
+    tables = []
+    for caption, columns, rows in sections:
+        print("", caption, "", *table(columns, rows), sep="\n", flush=True)
+        values = [dict(zip(columns, map(_number, row), strict=True)) for row in rows]
+        tables.append({"caption": caption, "rows": values})
+        if file:  # after each, since the next may take long
+            told = {"command": head[0].strip("` "), "circumstances": head[1], "tables": tables}
+            write_atomically(Path(file), json.dumps(told, indent=1) + "\n")
+
+
+def _number(cell: str) -> float | str:
+    """A cell that is a number and nothing else as one."""
+    try:
+        return float(cell.replace(",", ""))
+    except ValueError:
+        return cell
 
 
 def quieten_lightning() -> None:

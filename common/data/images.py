@@ -144,6 +144,9 @@ class ImageData(GlobalBatchData):
         self.class_names = [str(number) for number in range(classes)]
         return images
 
+    def random_batch(self, images: int) -> dict[str, Tensor]:
+        return {**super().random_batch(images), "label": torch.arange(images) % self.classes}
+
     def load(self, split: str) -> Dataset:
         if split == "predict":
             return FileSet(self._files_to_predict(), None, self.channels, self._preparation(split))

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
@@ -117,6 +118,12 @@ class GlobalBatchData(L.LightningDataModule):
     def without_files(self) -> int:
         """Makes a net for these data buildable where the files are not at hand; the number of training images."""
         raise NotImplementedError
+
+    def random_batch(self, images: int) -> dict[str, Tensor]:
+        """Noise in the form of a training batch as a model is given it, to measure a step by."""
+        numbers = torch.arange(images)
+        return {"image": torch.randn(images, self.channels, *self.image_size), "index": numbers, "place": numbers,
+                "epoch": torch.zeros_like(numbers)}  # fmt: skip
 
     def setup(self, stage: str) -> None:
         for split in {"fit": ["train", "val"], "validate": ["val"]}.get(stage, [stage]):

@@ -89,13 +89,7 @@ def computed(start: Start) -> Price:
 def _built(start: Start) -> tuple[Experiment, GlobalBatchData, nn.Module]:
     import torch
 
-    from common.training.trainer import Trainer
-
-    cli = start.parsed()
-    made = cli.parser.instantiate_classes(cli.config)[cli.subcommand]
-    module, data = made.model, made.data
-    module.trainer = Trainer(accelerator="cpu", devices=1, barebones=True, precision=cli.options.trainer.precision)
-    module.trainer.datamodule = data
+    module, data = start.parsed().without_files()
     if "data.autoencoder" in start.sources:
         data.autoencoder = _built(start.sources["data.autoencoder"])[2]
     data.without_files()

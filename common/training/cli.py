@@ -258,6 +258,18 @@ class StudyCLI(LightningCLI):
             raise InputError(f"{self.folder}: there is no checkpoint to {self.subcommand}; run fit with the same "
                              "options, name the run with --run_name, or give weights with --init_from")
 
+    def without_files(self, accelerator: str = "cpu") -> tuple[Experiment, GlobalBatchData]:
+        """The experiment and its data, whose files need not be at hand, with a Trainer that only tells them of itself:
+        for what is computed or measured on models alone.
+        """
+        made = self.parser.instantiate_classes(self.config)[self.subcommand]
+        module, data = made.model, made.data
+        module.trainer = Trainer(accelerator=accelerator, devices=1, barebones=True,
+                                 max_epochs=self.options.trainer.max_epochs, precision=self.options.trainer.precision)
+        module.trainer.datamodule = data
+        data.trainer = module.trainer
+        return module, data
+
     # Running
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -1,0 +1,153 @@
+"""The training step of any study's experiment, on noise in place of its data: time, work, memory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.benchmark.interleaving import Spread
+from common.benchmark.memory import kept_bytes
+from common.data.loader import GlobalBatchData
+from common.device import peak_flops
+from common.training.cli import StudyCLI
+from common.training.module import Experiment
+from common.training.trainer import Trainer
+
+WARM_UP = 3  # steps: the first compiles and allocates the optimiser's state
+SIDE = 2048  # of the matrices whose product is a CPU's peak
+COLUMNS = ("config", "model", "tokens", "M parameters", "precision", "compiled", "batch", "ms (quartiles)", "images/s",
+           "GFLOP an image", "TFLOP/s", "share of the peak", "memory MB", "MB by formula")  # fmt: skip
+
+
+def experiment(config: str, overrides: Sequence[str], batch: int, compiled: bool | None
+               ) -> tuple[Experiment, GlobalBatchData]:  # fmt: skip
+    """The experiment of a config, built on the device that its Trainer would take, and its data, without the files.
+
+    Args:
+        overrides: further options of `fit`.
+        batch: images of a step, which is one micro-batch.
+        compiled: compile the blocks; as `fit` would where it is None.
+    """
+    study = Path(config).resolve().parent.parent.name
+    cli = StudyCLI(study, ["fit", "--config", config, *overrides], run=False)
+    module, data = cli.without_files(cli.options.trainer.accelerator)
+    data.without_files()
+    trainer: Trainer = module.trainer
+    data.global_batch, data.steps_per_epoch = batch, 1
+    device = trainer.strategy.root_device
+    module.compiled = device.type == "cuda" if compiled is None else compiled
+    data.batch_per_device = batch
+    module.make_room(data, batch)
+    module.configure_model()
+    trainer.precision_plugin.convert_module(module)
+    module.to(device).train()
+    return module, data
+
+
+class Step:
+    """A step as `fit` takes it: forward under the Trainer's precision, backward, AdamW, schedule, average; no logging.
+    """
+
+    def __init__(self, module: Experiment, batch: dict[str, Tensor]) -> None:
+        self.module, self.batch = module, batch
+        [self.optimizer], [schedule] = module.configure_optimizers()
+        self.scheduler = schedule["scheduler"]
+        self.average = None if module.optim.ema is None else [p.detach().clone() for p in module.net.parameters()]
+
+    def loss(self) -> Tensor:
+        batch = copy.copy(self.batch)  # a study may mix a batch with itself in place, which noise survives
+        with self.module.trainer.precision_plugin.forward_context():
+            out = self.module.training_step(batch, 0)
+        return out["loss"] if isinstance(out, dict) else out
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.module.on_before_optimizer_step(self.optimizer)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average is not None:
+            with torch.no_grad():
+                weights = [p.detach().float() for p in self.module.net.parameters()]
+                torch._foreach_lerp_(self.average, weights, 1 - self.module.optim.ema)
+        return loss.detach()
+
+
+class Peak(NamedTuple):
+    """What the device could do at most, and where that is known from."""
+
+    flops: float
+    source: str
+
+
+def peak(device: torch.device, precision: str) -> Peak | None:
+    """A GPU's by its data sheet, in bf16; a CPU's as a large matrix product reaches it, in the step's precision."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        flops = peak_flops(name)
+        return Peak(flops, f"{name} by its data sheet") if flops else None
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    a, b = torch.randn(2, SIDE, SIDE).to(dtype)
+    seconds = min(seconds_of(partial(torch.mm, a, b), device) for _ in range(5))
+    return Peak(2 * SIDE**3 / seconds, f"a product of {SIDE}x{SIDE} matrices")
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Until the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(config: str, overrides: Sequence[str], batch: int, compiled: bool | None, rounds: int
+            ) -> tuple[str, ...]:  # fmt: skip
+    """A row of the table."""
+    module, data = experiment(config, overrides, batch, compiled)
+    device = module.trainer.strategy.root_device
+    noise = {name: values.to(device) for name, values in data.random_batch(batch).items()}
+    step = Step(module, noise)
+    for _ in range(WARM_UP):
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = Spread.of(seconds_of(step, device) for _ in range(rounds))
+    cost = module.cost(module.net)
+    flops = cost.training_flops * batch / times.median
+    limit = peak(device, str(module.trainer.precision))
+    return (
+        "/".join(Path(config).resolve().with_suffix("").parts[-3::2]), _model(module),
+        f"{cost.tokens:,}", f"{cost.parameters / 1e6:.2f}", str(module.trainer.precision),
+        "yes" if module.compiled else "no", str(batch), f"{Spread(*(1e3 * t for t in times)):.1f}",
+        f"{batch / times.median:,.1f}", f"{cost.training_flops / 1e9:.3f}", f"{flops / 1e12:.3f}",
+        f"{flops / limit.flops:.1%} of {limit.source}" if limit else "unknown", _memory(step, device),
+        f"{cost.activation_bytes * batch / 1e6:,.0f}",
+    )  # fmt: skip
+
+
+def _model(module: Experiment) -> str:
+    """Patch size, width and blocks, of what has them."""
+    backbone = module.backbone(module.net)
+    if not hasattr(backbone, "patch_size"):
+        return type(module).__name__
+    return f"/{backbone.patch_size}, {backbone.depth} x {backbone.width}"
+
+
+def _memory(step: Step, device: torch.device) -> str:
+    """The peak on a GPU, with weights and moments; on a CPU what the forward keeps for its backward."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f}"
+    if step.module.compiled:
+        return "unknown"  # compiled code keeps what it needs in ways of its own
+    return f"{kept_bytes(step.loss, step.module.net.parameters()) / 1e6:,.0f}"
