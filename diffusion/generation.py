@@ -199,9 +199,10 @@ class Generation(Experiment):
         if len(numbers):
             _, net = next(self.evaluated("test"))
             labels = None if self.labels is None else self.labels.to(numbers.device)[numbers]
-            self.folder.write(numbers, self.generate(self.sampler, net, numbers, labels))
+            self.folder.write_behind(numbers, self.generate(self.sampler, net, numbers, labels))
 
     def _close_folder(self) -> None:
+        self.folder.wait()
         self.trainer.strategy.barrier()  # until every rank's samples are there
         if not self.trainer.is_global_zero:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class SampleFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.asked = 0  # samples that were ever asked for
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future | None = None
 
     def open(self, record: dict[str, Any], labels: Tensor | None) -> None:
         """Goes on with the samples that are there, or begins.
@@ -116,6 +119,17 @@ class SampleFolder:
         """Those of the numbers (B,) whose samples are not there yet."""
         absent = [not self.file(number).is_file() for number in numbers.tolist()]
         return numbers[torch.tensor(absent, device=numbers.device)]
+
+    def write_behind(self, numbers: Tensor, images: Tensor) -> None:
+        """As `write`, while the next samples are generated; an error is raised by the next call, or by `wait`."""
+        self.wait()
+        self._writing = self._writer.submit(self.write, numbers.cpu(), images.cpu())
+
+    def wait(self) -> None:
+        """Until all that was given is written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def write(self, numbers: Tensor, images: Tensor) -> None:
         """Samples uint8 (B, C, H, W). A file is whole, or not there."""

@@ -1,9 +1,12 @@
-"""What masking saves of a training step's time and memory, on the CPU, next to the formulas of mae.cost.
+"""What masked autoencoding costs, on the CPU; python -m common.benchmark step has a GPU's.
 
-The encoder sees a quarter of the tokens and the decoder all of them, so that the decoder decides how much is left of
-the saving: three are measured. A step is forward, loss, backward and AdamW in fp32; the loss is taken over all tokens
-on both sides, since without a mask there are no masked ones. Steps with and without a mask take turns, and each ratio
-is the median over rounds of what was measured side by side. The result is Markdown for RESULTS.md.
+  masking  what masking saves of a step's time and memory, next to the formulas of mae.cost. The encoder sees a quarter
+           of the tokens and the decoder all of them, so that the decoder decides how much is left of the saving: three
+           are measured. The loss is taken over all tokens on both sides, since without a mask there are no masked ones
+  peers    the step through our blocks against timm's
+
+A step is forward, loss, backward and AdamW in fp32. The sides take turns, and each ratio is the median over rounds of
+what was measured side by side. The result is Markdown for RESULTS.md, and JSON where --json names a file.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.memory import kept_bytes
-from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
+from common.benchmark.report import Section, check_counts, publish, quieten_lightning
 from common.command import run_command
 from common.training.optim import Recipe, adamw
 from mae.cost import activation_bytes, forward_flops
@@ -89,7 +92,21 @@ def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str,
     ), memory  # fmt: skip
 
 
-def results(options: argparse.Namespace) -> Iterator[str]:
+def sections(options: argparse.Namespace) -> Iterator[Section]:
+    model = f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, fp32"
+    if options.mode in ("masking", "all"):
+        yield from masking(options, model)
+    if options.mode in ("peers", "all"):
+        from mae import peers  # timm costs a second
+
+        torch.manual_seed(0)
+        net = MaskedAutoencoder(options.image, options.patch_size, size=options.size, decoder_width=192,
+                                decoder_depth=4, decoder_heads=3)  # fmt: skip
+        yield Section(f"Training step of {model}, through our blocks and through timm's:", peers.COLUMNS,
+                      [peers.measure(net, options.batch, options.rounds)])
+
+
+def masking(options: argparse.Namespace, model: str) -> Iterator[Section]:
     rows = []
     for decoder in DECODERS:
         torch.manual_seed(0)
@@ -99,15 +116,15 @@ def results(options: argparse.Namespace) -> Iterator[str]:
         )  # fmt: skip
         rows.append(measure(net, options.batch, options.rounds))
     times, memory = zip(*rows, strict=True)
-    model = f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, fp32"
-    yield from ("", f"Training step of {model}; decoders as width x blocks x heads:", "", *table(TIME_COLUMNS, times))
-    yield from ("", "Kept for the backward, per image, measured and of the blocks alone by formula:", "")
-    yield from table(MEMORY_COLUMNS, memory)
+    yield Section(f"Training step of {model}; decoders as width x blocks x heads:", TIME_COLUMNS, times)
+    yield Section("Kept for the backward, per image, measured and of the blocks alone by formula:", MEMORY_COLUMNS,
+                  memory)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m mae.benchmark", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", choices=["masking", "peers", "all"], default="all", help="default: all")
     parser.add_argument("--size", default="tiny", help="row of the table of sizes (default tiny)")
     for name, default, text in [
         ("patch_size", 1, "side of a patch in pixels"),
@@ -117,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    parser.add_argument("--json", metavar="FILE", help="write the tables as JSON too")
     return parser
 
 
@@ -125,8 +143,7 @@ def main(arguments: list[str]) -> int:
     check_counts(options, patch_size=1, image=1, batch=1, rounds=1, threads=1)
     torch.set_num_threads(options.threads)
     quieten_lightning()
-    for line in [*circumstances("mae.benchmark", arguments, options.rounds), *results(options)]:
-        print(line)
+    publish("mae.benchmark", arguments, options.rounds, sections(options), options.json)
     return 0
 
 

@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block as TimmBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.benchmark.memory import kept_bytes
 from common.errors import InputError
 from common.training.optim import Recipe
-from mae import benchmark
+from mae import benchmark, peers
 from mae.benchmark import MASKED, MEMORY_COLUMNS, TIME_COLUMNS, WHOLE, Decoder, Step, main, measure
 from mae.cost import activation_bytes
 from mae.model import MaskedAutoencoder
@@ -124,7 +125,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_command_prints_both_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_prints_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(benchmark, "DECODERS", (Decoder(16, 1, 2), Decoder(32, 2, 4)))
     threads = torch.get_num_threads()
     arguments = ["--size", "nano", "--patch_size", "2", "--image", "8", "--batch", "1", "--rounds", "1"]
@@ -136,7 +137,8 @@ def test_the_command_prints_both_tables(monkeypatch: pytest.MonkeyPatch, capsys:
     assert f"`python -m mae.benchmark {' '.join(arguments)}`" in output and "medians over 1 rounds" in output
     assert "nano/2 at 8x8, batch 1, fp32" in output
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
-    assert rows[0] == list(TIME_COLUMNS) and rows[4] == list(MEMORY_COLUMNS) and len(rows) == 8
+    assert rows[0] == list(TIME_COLUMNS) and rows[4] == list(MEMORY_COLUMNS) and rows[8] == list(peers.COLUMNS)
+    assert len(rows) == 8 + 3
     assert [row[0] for row in rows[2:4]] == [row[0] for row in rows[6:8]] == ["16 x 1 x 2", "32 x 2 x 4"]
 
 
@@ -153,3 +155,18 @@ def test_the_decoders_are_those_of_the_acceptance() -> None:
 def test_values_that_make_no_sense(arguments: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         main(arguments)
+
+
+def test_the_peer_is_the_same_function_with_timm_s_blocks() -> None:
+    net = small(image=8, width=32)
+    steps = peers.Step(net, 3), peers.Step(peers.through_timm(net), 3)
+    assert isinstance(steps[1].net.blocks[0], TimmBlock) and isinstance(steps[1].net.decoder_blocks[0], TimmBlock)
+    for _ in range(3):  # and takes the same steps
+        ours, theirs = (step() for step in steps)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_row_of_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "interleaved", lambda sides, rounds: {"ours": [0.1, 0.2], "timm": [0.2, 0.2]})
+    row = dict(zip(peers.COLUMNS, peers.measure(small(image=8, width=32), 2, rounds=2), strict=True))
+    assert row["ours ms"] == "150.0" and row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"

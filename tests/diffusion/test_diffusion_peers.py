@@ -1,0 +1,44 @@
+"""diffusers' DiT beside ours: of the same size, doing at least the same work on the same loss."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion import peers
+from diffusion.dit import DiT
+
+
+def net() -> DiT:
+    torch.manual_seed(0)
+    return DiT(8, 2, 4, 10, width=32, depth=2, heads=2)
+
+
+def test_their_model_has_our_blocks_and_at_least_our_work():
+    ours, theirs = net(), peers.Diffusers(net())
+    x, t, y, drops = torch.randn(2, 4, 8, 8), torch.arange(2), torch.arange(2), torch.rand(2)
+    flops = []
+    for model in (ours, theirs):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            assert model(x, t, y, drops).shape == (2, 8, 8, 8)
+        flops.append(counter.get_total_flops())
+    assert 1 <= flops[1] / flops[0] < 1.25  # each of their blocks embeds the timestep by itself
+    shapes = [sorted(tuple(p.shape) for p in block.parameters()) for block in (
+        ours.blocks[0], theirs.model.transformer_blocks[0])]
+    assert not [shape for shape in shapes[0] if shape[0] == 4 * 32 and shape not in shapes[1]]
+
+
+def test_both_learn_the_same_batch():
+    for side in (net(), peers.Diffusers(net())):
+        step = peers.Step(side, (4, 4, 8, 8), 10)
+        step.optimizer.param_groups[0]["lr"] = 3e-3
+        losses = [step() for _ in range(12)]
+        assert losses[-1] < losses[0]
+
+
+def test_row_of_the_peers(monkeypatch):
+    monkeypatch.setattr(peers, "interleaved", lambda sides, rounds: {"ours": [0.1, 0.2], "diffusers": [0.2, 0.2]})
+    row = dict(zip(peers.COLUMNS, peers.measure(net(), 2, rounds=2), strict=True))
+    assert row["model"] == "/2, 2 x 32" and row["latents"] == "8x8x4" and row["batch"] == "2"
+    assert row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"
+    assert float(row["ours ms"]) == pytest.approx(150)
