@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from common.benchmark.report import Section, check_counts, publish, quieten_lightning
 from common.command import run_command
 from common.errors import InputError
+from common.figure import check_file
 
 MODES = ("step", "peers", "trainer", "augment", "data", "sequence")
 CONFIG = "supervised/configs/digits.yaml"
@@ -69,6 +71,12 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
                       sequence.MEASURED_COLUMNS, list(sequence.measured_rows()))
         yield Section("ViT-B/1 at 224x224 (50,177 tokens), bf16-mixed, one image a step, by formula, per device:",
                       sequence.COMPUTED_COLUMNS, list(sequence.computed_rows()))
+    if options.mode == "growth":
+        from common.benchmark import growth
+
+        points = growth.measured(growth.cases(options.depth), options.rounds, options.seconds)
+        yield Section(growth.caption(points), growth.COLUMNS, growth.rows(points))
+        growth.draw(points, Path(options.figure))
     if options.mode == "scaling":
         from common.benchmark import scaling
 
@@ -87,13 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
-        ("depth", 2, "peers: blocks of the model at CIFAR's size; ViT-Tiny has 12"),
+        ("depth", 2, "peers, growth: blocks of the models; ViT-Tiny has 12"),
         ("batch", None, "images of a step. peers: default 128 at 8x8 pixels and 8 at 32x32. step, scaling: default "
                         "128, in scaling of one process"),
         ("steps", 2000, "trainer: steps of each round"),
         ("images", 2048, "augment: images of each round"),
         ("crops", 1024, "data: images of each round"),
         ("side", 96, "data: pixels of the store's squares"),
+        ("seconds", 60, "growth: that the steps of a model may take; what would take longer is left out"),
         ("processes", 2, "scaling: processes beside one, each of so many threads"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
@@ -106,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="step: compile the blocks (default: on a GPU alone)")
     parser.add_argument("--mfu", type=float, default=0.6, metavar="SHARE",
                         help="scaling: of 790 TFLOP/s that an H200 is taken to reach (default %(default)s)")
+    parser.add_argument("--figure", default="runs/benchmark/growth.png", metavar="FILE",
+                        help="growth: its figure (default %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the tables as JSON too")
     return parser
 
@@ -114,11 +125,14 @@ def main(arguments: list[str]) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     options = _parser().parse_args(own)
     options.fit = arguments[len(own) + 1 :]
-    check_counts(options, rounds=1, threads=1, depth=1, batch=1, steps=2, images=1, crops=1, side=1, processes=2)
+    check_counts(options, rounds=1, threads=1, depth=1, batch=1, steps=2, images=1, crops=1, side=1, seconds=1,
+                 processes=2)
     if not 0 < options.mfu <= 1:
         raise InputError(f"--mfu {options.mfu}: give a share above 0, up to 1")
     if options.mode == "scaling" and len(options.config) > 1:
         raise InputError(f"--config: scaling trains one, and there are {len(options.config)}")
+    if options.mode == "growth":
+        check_file(Path(options.figure))  # before minutes of measuring
     torch.set_num_threads(options.threads)
     quieten_lightning()
     publish("common.benchmark", arguments, options.rounds, sections(options), options.json)
