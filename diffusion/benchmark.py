@@ -4,9 +4,11 @@
             against the same net, loss, AdamW and average in a plain loop; both under bf16
   latents   images that training reads as cached latents, against images that are encoded as they come
   sampling  guided samples in batches, both predictions in one forward, against one sample at a time in two forwards
+  metrics   FID's statistics of images against torch-fidelity's; memory and time of precision and recall, and of the
+            analysis of attention, each in a process of its own. It takes many minutes, and is no part of `all`
 
-The sides take turns, and each figure is the median over rounds of what was measured side by side. The result is
-Markdown with command, hardware and versions, ready for RESULTS.md; progress goes to standard error.
+The sides take turns, and each figure is the median over rounds of what was measured side by side; memory is measured
+once. The result is Markdown with command, hardware and versions, ready for RESULTS.md; progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -36,6 +39,7 @@ from diffusion import latents
 from diffusion.dit import DiT
 from diffusion.generation import Generation
 from diffusion.latent_data import LatentData
+from diffusion.metrics import NEIGHBOUR
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
 
@@ -238,12 +242,25 @@ def results(options: argparse.Namespace) -> Iterator[str]:
         yield from ("", f"{options.samples} samples of {SIDE}x{SIDE}x{CHANNELS} in batches of {SAMPLED_AT_ONCE}, "
                         f"{options.solver_steps} steps of DDIM, guidance {GUIDANCE}, fp32:", "")
         yield from table(SAMPLING_COLUMNS, rows)
+    if options.mode == "metrics":
+        from diffusion import metrics_cost as cost  # matplotlib, which the other modes do without
+
+        rows = [cost.measure_statistics(side, options.images, options.rounds) for side in cost.SIDES]
+        clock = "the processor's time" if options.threads == 1 else "the clock"
+        yield from ("", "Mean and covariance of Inception's 2048 features (random weights) of uint8 images in memory, "
+                        f"{cost.BATCH} at once, fp32, by torch-fidelity {version('torch-fidelity')} and the suite; by "
+                        f"{clock}:", "")
+        yield from table(cost.FID_COLUMNS, rows)
+        rows = [cost.measure_precision_recall(options.generated, options.references, cost.FEATURES),
+                cost.measure_attention(cost.ATTENDING, cost.ATTENDED, options.analysed)]
+        yield from ("", "Memory of a process of its own at its peak, above what it held before, measured once:", "")
+        yield from table(cost.MEMORY_COLUMNS, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m diffusion.benchmark", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="?", choices=[*MODES, "all"], default="all", help="default: all")
+    parser.add_argument("mode", nargs="?", choices=[*MODES, "metrics", "all"], default="all", help="default: all")
     parser.add_argument("--size", default="nano", help="step: row of the table of sizes (default nano)")
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
@@ -251,6 +268,10 @@ def _parser() -> argparse.ArgumentParser:
         ("steps", 20, "step: steps of each round"),
         ("samples", 64, "sampling: samples of each round"),
         ("solver_steps", 10, "sampling: steps of DDIM"),
+        ("images", 64, "metrics: images of each round whose statistics are taken"),
+        ("generated", 50_000, "metrics: samples that precision and recall are of"),
+        ("references", 10_000, "metrics: images that they are compared with"),
+        ("analysed", 20, "metrics: images whose attention is analysed"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
     return parser
@@ -258,7 +279,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    check_counts(options, rounds=1, threads=1, steps=2, samples=1, solver_steps=2)
+    check_counts(options, rounds=1, threads=1, steps=2, samples=1, solver_steps=2, images=2,
+                 generated=NEIGHBOUR + 1, references=NEIGHBOUR + 1, analysed=1)
     torch.set_num_threads(options.threads)
     quieten()
     for line in [*circumstances("diffusion.benchmark", arguments, options.rounds), *results(options)]:

@@ -94,9 +94,11 @@ def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["times as fast (quartiles)"] == "2.000 (1.500 to 3.000)"
 
 
-def test_cases_are_those_of_the_acceptance() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_cases_are_those_of_the_acceptance(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "has_bf16", lambda: bf16)
     covered = {(case.size, case.side, case.patch_size, case.precision) for case in peers.cases(depth=3)}
-    cifar = {("tiny", 32, patch, precision) for patch in (1, 2) for precision in ("fp32", "bf16")}
+    cifar = {("tiny", 32, patch, precision) for patch in (1, 2) for precision in ("fp32", "bf16")[: 1 + bf16]}
     assert covered == {("nano", 8, 1, "fp32"), ("nano", 8, 2, "fp32")} | cifar
     assert {case.depth for case in peers.cases(depth=3) if case.size == "tiny"} == {3}
     assert {case.batch for case in peers.cases(depth=3, batch=5)} == {5}
@@ -273,7 +275,7 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
     assert f"`python -m common.benchmark all {' '.join(small)} --json" in head
     assert f"torch {torch.__version__.split('+')[0]}" in head and "1 thread(s)" in head and "commit " in head
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
-    assert [len(row) for row in rows].count(len(peers.COLUMNS)) == 2 + 6
+    assert [len(row) for row in rows].count(len(peers.COLUMNS)) == 2 + len(peers.cases(1))
     assert rows.count(list(trainer_cost.COLUMNS)) == rows.count(list(augmentation.COLUMNS)) == 1
     assert [row[0] for row in rows if len(row) == len(pipelines.COLUMNS)][-3:] == [
         "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96"]

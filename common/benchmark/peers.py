@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def cases(depth: int, batch: int | None = None) -> list[Case]:
-    """Digits as in the demo, and CIFAR-10 on `depth` blocks, each on pixels and on patches.
+    """Digits as in the demo, and CIFAR-10 on `depth` blocks, each on pixels and on patches; in bf16 where the CPU has it.
 
     Args:
         batch: images in a step; by default the demo's 128, and 8 at CIFAR's size, where 1024 tokens each are work
@@ -44,8 +44,13 @@ def cases(depth: int, batch: int | None = None) -> list[Case]:
     patches = (1, 2)
     digits = [Case("nano", SIZES["nano"].depth, patch, 8, 1, 10, batch or 128, "fp32") for patch in patches]
     cifar = [Case("tiny", depth, patch, 32, 3, 10, batch or 8, precision)
-             for precision in ("fp32", "bf16") for patch in patches]
+             for precision in ("fp32", *["bf16"] * has_bf16()) for patch in patches]
     return digits + cifar
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16; others only imitate it, many times slower."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def models(case: Case) -> dict[str, nn.Module]:

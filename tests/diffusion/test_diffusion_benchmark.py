@@ -20,11 +20,12 @@ from common.training.curves import Curves
 from common.training.ema import EMA
 from common.training.progress import Progress
 from common.training.run import RunFolder
-from diffusion import benchmark, generation
+from diffusion import benchmark, generation, metrics_cost
 from diffusion.autoencoder import Autoencoder
 from diffusion.benchmark import LATENTS_COLUMNS, SAMPLING_COLUMNS, STEP_COLUMNS, TimedGeneration, main
 from diffusion.dit import DiT
 from diffusion.latent_set import LatentSet
+from diffusion.metrics_cost import FID_COLUMNS, MEMORY_COLUMNS
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
 
@@ -203,6 +204,143 @@ def test_row_of_the_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row == ("nano/2", "1.5", "6.0", "3.00 (2.62 to 5.50)")
 
 
+# The metrics
+
+
+MB = 1_000_000
+
+
+def held_for_a_while(size: int) -> float:
+    """So many bytes, filled and given back."""
+    return float(torch.ones(size // 8, dtype=torch.double)[-1])
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is observed without a process of its own, whose imports take long."""
+    monkeypatch.setattr(metrics_cost, "alone", lambda *work: metrics_cost.observed(torch.get_num_threads(), *work))
+
+
+@pytest.fixture
+def extractors(tmp_path: Path):
+    file = tmp_path / "inception.pth"
+    metrics_cost.random_inception(file)
+    return metrics_cost.extractors(file)
+
+
+def test_the_peak_is_that_of_a_fresh_process() -> None:
+    """Neither what the asking process holds is counted, nor the modules that the fresh one has imported."""
+    held_here = torch.ones(100 * MB, dtype=torch.double)
+    value, peak = metrics_cost.alone(held_for_a_while, 100 * MB)
+    assert value == 1 == held_here[-1]
+    assert peak == pytest.approx(100 * MB, abs=10 * MB)
+
+
+def test_the_peak_is_that_of_the_work() -> None:
+    """Not an earlier one, and not what is left in the end."""
+    held_for_a_while(400 * MB)
+    assert metrics_cost.observed(torch.get_num_threads(), held_for_a_while, 100 * MB) == (
+        1, pytest.approx(100 * MB, abs=10 * MB))  # fmt: skip
+
+
+def test_both_sides_take_the_same_statistics_of_features(extractors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_cost, "BATCH", 4)
+    theirs, ours = extractors
+    noise = torch.rand(6, 3, 20, 28, generator=torch.Generator().manual_seed(1))
+    images = (noise * torch.arange(40, 280, 40)[:, None, None, None]).byte()  # of one brightness, features vary little
+    seen = {"theirs": [], "ours": []}
+    theirs.register_forward_pre_hook(lambda _, arguments: seen["theirs"].append(len(arguments[0])))
+    ours.register_forward_pre_hook(lambda _, arguments: seen["ours"].append(len(arguments[0])))
+    expected = metrics_cost.fidelity_statistics(theirs, images)
+    mean, covariance = metrics_cost.suite_statistics(ours, images)
+    assert seen == {"theirs": [4, 2], "ours": [4, 2]}
+    assert theirs.features_list == ["2048"]  # no logits, which FID alone does not need
+    assert mean.shape == (2048,) and covariance.diagonal().mean() > 1e-4
+    torch.testing.assert_close(mean, torch.from_numpy(expected["mu"]).double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(covariance, torch.from_numpy(expected["sigma"]), rtol=1e-3, atol=1e-6)
+
+
+def test_row_of_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(metrics_cost, "random_inception", lambda file: None)
+    monkeypatch.setattr(metrics_cost, "extractors", lambda file: ("their net", "our net"))
+    for name in ("fidelity_statistics", "suite_statistics"):
+        monkeypatch.setattr(metrics_cost, name, lambda net, images, name=name: calls.append((name, net, images.shape)))
+    seconds = iter([[6.0, 8.0, 9.0], [2.0, 1.0, 4.0]])
+
+    def fake(sides, rounds):
+        return {name: [side() > 0 for _ in range(rounds)] and next(seconds) for name, side in sides.items()}
+
+    monkeypatch.setattr(metrics_cost, "interleaved", fake)
+    row = dict(zip(FID_COLUMNS, metrics_cost.measure_statistics(32, 12, rounds=3), strict=True))
+    sides = [("fidelity_statistics", "their net"), ("suite_statistics", "our net")]
+    assert calls == [(*side, (2, 3, 32, 32)) for side in sides] + [
+        (*side, (12, 3, 32, 32)) for side in sides for _ in range(3)
+    ]
+    assert (row["images"], row["pixels"]) == ("12", "32x32")
+    assert (row["torch-fidelity images/s"], row["suite images/s"]) == ("1.50", "6.00")
+    # Pairs 3, 8, 9/4; the ratio of the medians would be 4.
+    assert row["times as fast (quartiles)"] == "3.000 (2.625 to 5.500)"
+
+
+def test_row_of_precision_and_recall(in_this_process, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, measured = [], metrics_cost.precision_recall
+    monkeypatch.setattr(metrics_cost, "precision_recall", lambda *rows: given.extend(rows) or measured(*rows))
+    row = dict(zip(MEMORY_COLUMNS, metrics_cost.measure_precision_recall(9000, 100, 64), strict=True))
+    assert [rows.shape for rows in given] == [(9000, 64), (100, 64)]
+    assert all(abs(rows.std() - 1) < 0.1 for rows in given)
+    assert (row["analysis"], row["of"]) == ("precision and recall", "9,000 x 100 features of 64")
+    assert float(row["seconds"]) > 0
+    # A block of 2000 x 2000 distances takes 32 MB; with all of 9000 x 9000 the peak is 1.3 GB.
+    assert 0.03 <= float(row["peak GB"]) <= 0.5
+    assert int(row["share of 4 GB"].rstrip("%")) == pytest.approx(25 * float(row["peak GB"]), abs=1)
+
+
+def test_row_of_the_attention(in_this_process, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, examine = [], metrics_cost.examine
+    monkeypatch.setattr(metrics_cost, "examine", lambda run, *given: seen.append((run, given, examine(run, *given))))
+    row = dict(zip(MEMORY_COLUMNS, metrics_cost.measure_attention("nano", 24, 20), strict=True))
+    [(run, (folder, count, shown), found)] = seen
+    assert (folder, count, shown) == (None, 20, [(0, 0), (0, 1), (0, 2)])
+    assert found.measures.distance.shape == (4, 3) and not run.net.training
+    assert found.images.shape == (4, 3, 24, 24) and found.images.std() > 0.05
+    assert (row["analysis"], row["of"]) == ("attention", "nano/1, 577 tokens, 4 layers, 3 heads, 20 images")
+    # One layer's maps of all images take 80 MB; logits and maps, and maps and their rescaled copies, are there at once.
+    assert 0.16 <= float(row["peak GB"]) <= 0.55 and float(row["seconds"]) > 0
+
+
+def test_the_metrics_are_measured_at_the_sizes_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert metrics_cost.SIDES == (299, 32) and metrics_cost.BATCH == 64 and metrics_cost.LIMIT == 4e9
+    works = []
+    monkeypatch.setattr(metrics_cost, "alone", lambda *work: works.append(work) or (1234.5, int(1e9)))
+    options = benchmark._parser().parse_args(["metrics"])
+    monkeypatch.setattr(metrics_cost, "measure_statistics", lambda *given: (*map(str, given), "", ""))
+    list(benchmark.results(options))
+    assert works == [(metrics_cost.judge, 50_000, 10_000, 2048), (metrics_cost.attend, "base", 32, 20)]
+
+
+def test_the_report_of_the_metrics(in_this_process, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(metrics_cost, "SIDES", (8,))
+    for name, value in {"FEATURES": 16, "ATTENDING": "nano", "ATTENDED": 8}.items():
+        monkeypatch.setattr(metrics_cost, name, value)
+    threads = torch.get_num_threads()
+    try:
+        assert main(["metrics", "--rounds", "1", "--images", "2", "--generated", "40", "--references", "30",
+                     "--analysed", "3"]) == 0  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    assert "`python -m diffusion.benchmark metrics --rounds 1" in output and "by torch-fidelity 0." in output
+    rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
+    assert [rows[0], rows[3]] == [list(FID_COLUMNS), list(MEMORY_COLUMNS)]
+    assert [row[:2] for row in rows if "-" not in row[0]] == [
+        ["images", "pixels"], ["2", "8x8"], ["analysis", "of"],
+        ["precision and recall", "40 x 30 features of 16"],
+        ["attention", "nano/1, 65 tokens, 4 layers, 3 heads, 3 images"],
+    ]  # fmt: skip
+    assert 0.05 < float(rows[2][2]) < 50 and 0.05 < float(rows[2][3]) < 50
+
+
 # The command
 
 
@@ -229,7 +367,8 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("option, least", [("rounds", 1), ("threads", 1), ("steps", 2), ("samples", 1),
-                                           ("solver_steps", 2)])  # fmt: skip
+                                           ("solver_steps", 2), ("images", 2), ("generated", 4), ("references", 4),
+                                           ("analysed", 1)])  # fmt: skip
 def test_numbers_that_make_no_sense(option: str, least: int) -> None:
     with pytest.raises(InputError, match=f"--{option} {least - 1}: give a whole number, {least} or more"):
         main(["sampling", f"--{option}", str(least - 1)])
