@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def cases(depth: int, batch: int | None = None) -> list[Case]:
-    """Digits as in the demo, and CIFAR-10 on `depth` blocks, each on pixels and on patches; in bf16 where the CPU has it.
+    """Digits as in the demo, and CIFAR-10 on `depth` blocks, on pixels and on patches; in bf16 where the CPU has it.
 
     Args:
         batch: images in a step; by default the demo's 128, and 8 at CIFAR's size, where 1024 tokens each are work
