@@ -11,7 +11,7 @@ import math
 import random
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -80,13 +80,24 @@ def seeded(stream: str, *keys: int) -> Iterator[None]:
 
     For library code that draws from them (timm's Mixup and RandAugment, the initialisation of weights).
     """
-    seed = int(hashed(stream, *keys)) & 0xFFFFFFFF
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
+    with closing(seeded_each(stream, *keys)) as once:
+        next(once)
         yield
+
+
+def seeded_each(stream: str, *keys: int | Tensor) -> Iterator[int]:
+    """Seeds them for one element of the broadcast keys after the other, and yields its number.
+
+    A loop over it costs a third of as many blocks of `seeded`. Closing it restores the generators, as its end does.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        for number, bits in enumerate(hashed(stream, *keys).flatten().tolist()):
+            seed = bits & 0xFFFFFFFF
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            yield number
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

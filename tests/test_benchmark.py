@@ -277,8 +277,9 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
     assert [len(row) for row in rows].count(len(peers.COLUMNS)) == 2 + len(peers.cases(1))
     assert rows.count(list(trainer_cost.COLUMNS)) == rows.count(list(augmentation.COLUMNS)) == 1
-    assert [row[0] for row in rows if len(row) == len(pipelines.COLUMNS)][-3:] == [
-        "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96"]
+    assert [row[0] for row in rows if len(row) == len(pipelines.COLUMNS)][-4:] == [
+        "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96",
+        "the suite's, from that store, and RandAugment"]
     assert [len(row) for row in rows].count(3) == (2 + 3) + (2 + 2)  # headings, rules and rows of the other two
     written = json.loads((tmp_path / "all.json").read_text())
     assert written["command"].startswith("python -m common.benchmark all") and "torch" in written["circumstances"]

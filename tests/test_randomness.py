@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from common.randomness import hashed, normal, permutation, seeded, uniform
+from common.randomness import hashed, normal, permutation, seeded, seeded_each, uniform
 
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -125,6 +125,18 @@ def test_draws_are_the_same_on_a_gpu():
 
 def global_draws() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def test_seeding_for_each_of_many_is_seeding_for_one_after_the_other():
+    random.seed(1)
+    before = random.getstate()
+    epochs, indices = torch.tensor([2, 2, 3]), torch.tensor([7, 8, 7])
+    each = {number: global_draws() for number in seeded_each("rand_augment", 5, epochs, indices)}
+    assert random.getstate() == before
+    for number, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
+        with seeded("rand_augment", 5, epoch, index):
+            assert global_draws() == each[number]
+    assert len(each) == 3 and each[0] != each[1] != each[2]
 
 
 def test_seeded_library_code_leaves_the_global_generators_alone():

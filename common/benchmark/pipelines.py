@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.data.augment import Augment
 from common.data.folders import ImageFolder, decode
+from common.data.loader import Draw
+from common.data.preparation import TrainingPreparation
 from common.data.sets import AT_ONCE
 from common.data.store import CROP, differences, make
 from common.data.stored import Store
@@ -19,6 +22,7 @@ from common.data.stored import Store
 COLUMNS = ("pipeline", "images/s per core", "times as fast (quartiles)", "mean difference to the files, of 255")
 SIZE, BATCH = (CROP, CROP), 256
 RECIPE = Augment(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)
+RANDOMISED = replace(RECIPE, rand_augment="rand-m9-mstd0.5-inc1")  # of supervised/configs/imagenet28.yaml
 
 
 def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tuple[str, ...]]:
@@ -29,12 +33,13 @@ def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tup
         store = Store(make(source, Path(root), side, workers=1), files, labels)
         chosen = torch.arange(images) % len(files)
         sides = {"PIL, image by image": _pil(files, chosen), "the suite's, image by image": _files(files, chosen),
-                 f"the suite's, from a store of {side}x{side}": _stored(store, chosen)}
+                 f"the suite's, from a store of {side}x{side}": _stored(store, chosen),
+                 "the suite's, from that store, and RandAugment": _randomised(store, chosen)}
         times = interleaved({name: timed(run) for name, run in sides.items()}, rounds)
         off = differences(store, files, source.channels)["mean"]
     first, *others = times
     rows = [(first, f"{images / statistics.median(times[first]):,.0f}", "", "")]
-    for name, difference in zip(others, ("0.00", f"{off:.2f}"), strict=True):
+    for name, difference in zip(others, ("0.00", f"{off:.2f}", f"{off:.2f}"), strict=True):
         faster = ratios(times[name], times[first])
         rows.append((name, f"{images / statistics.median(times[name]):,.0f}", f"{faster:.2f}", difference))
     return rows
@@ -80,5 +85,15 @@ def _stored(store: Store, chosen: torch.Tensor) -> Callable[[], None]:
         for some in chosen.split(BATCH):
             images, shapes = store.take(some.tolist())
             RECIPE.place_squares(images, shapes, RECIPE.draws(0, 0, some), SIZE)
+
+    return run
+
+
+def _randomised(store: Store, chosen: torch.Tensor) -> Callable[[], None]:
+    prepare = TrainingPreparation(RANDOMISED, SIZE, 0, (0.5,))
+
+    def run() -> None:
+        for some in chosen.split(BATCH):
+            prepare.squares(*store.take(some.tolist()), [Draw(0, i, place) for place, i in enumerate(some.tolist())])
 
     return run

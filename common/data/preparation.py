@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from common.data.augment import Augment
 from common.data.crop import Interpolation, fit_one
 from common.data.loader import Draw
 from common.errors import InputError
-from common.randomness import seeded
+from common.randomness import seeded_each
 
 
 class TrainingPreparation:
@@ -45,11 +45,12 @@ class TrainingPreparation:
             return images
         from PIL import Image
 
-        results = []
-        for image, draw in zip(images, draws, strict=True):
-            with seeded("rand_augment", self.seed, draw.epoch, draw.index):
-                results.append(self.rand_augment(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())))
-        return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in results])
+        epochs, indices, _ = torch.tensor(draws).T
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        with closing(seeded_each("rand_augment", self.seed, epochs, indices)) as seeds:
+            for number in seeds:
+                pixels[number] = self.rand_augment(Image.fromarray(pixels[number]))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _rand_augment(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Callable[[Any], Any]:
