@@ -92,6 +92,7 @@ def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["ours ms"], row["timm ms"]) == ("200.0", "400.0")
     assert (row["ours images/s"], row["timm images/s"]) == ("40", "20")
     assert row["times as fast (quartiles)"] == "2.000 (1.500 to 3.000)"
+    assert 0 < float(row["ours MB kept"]) <= float(row["timm MB kept"])
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -12,13 +12,14 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.memory import kept_bytes
 from common.model import SIZES, VisionTransformer
 from common.training.optim import Recipe, adamw
 
 RECIPE = Recipe(lr=1e-4)
 WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
 COLUMNS = ("model", "image", "precision", "batch", "ours ms", "timm ms", "ours images/s", "timm images/s",
-           "times as fast (quartiles)")
+           "times as fast (quartiles)", "ours MB kept", "timm MB kept")  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -89,9 +90,17 @@ def training_step(net: nn.Module, images: Tensor, labels: Tensor, precision: str
     return step
 
 
+def kept(net: nn.Module, images: Tensor, precision: str) -> int:
+    """Bytes that a forward keeps for its backward."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        return kept_bytes(lambda: net(images), net.parameters())
+
+
 def measure(case: Case, rounds: int) -> tuple[str, ...]:
     """A row of the table; single steps of the two models take turns."""
-    steps = {name: training_step(net, *batch_of(case), case.precision) for name, net in models(case).items()}
+    nets = models(case)
+    memory = [kept(net, batch_of(case)[0], case.precision) for net in nets.values()]
+    steps = {name: training_step(net, *batch_of(case), case.precision) for name, net in nets.items()}
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
@@ -101,4 +110,5 @@ def measure(case: Case, rounds: int) -> tuple[str, ...]:
         f"{case.size}/{case.patch_size}, {case.depth} blocks", f"{case.side}x{case.side}x{case.channels}",
         case.precision, str(case.batch), f"{1e3 * ours:.1f}", f"{1e3 * timm:.1f}",
         f"{case.batch / ours:,.0f}", f"{case.batch / timm:,.0f}", f"{ratios(times['ours'], times['timm']):.3f}",
+        *(f"{size / 1e6:.2f}" for size in memory),
     )  # fmt: skip
