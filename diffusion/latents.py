@@ -47,6 +47,7 @@ def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
     flips = data.augment.flip > 0
     data.refuse_uncacheable()
     data.augment, data.latents = replace(data.augment, flip=0.0), None
+    data.on_device = False  # each is read once
     return data, flips
 
 

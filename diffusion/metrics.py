@@ -118,12 +118,12 @@ class FeatureSums(Metric):
         features = features.double()
         self.images += len(features)
         self.sum += features.sum(0)
-        self.outer += features.mT @ features
+        self.outer.addmm_(features.mT, features)
 
     def compute(self) -> Statistics:
         mean = self.sum / self.images
-        covariance = (self.outer - self.images * mean.outer(mean)) / (self.images - 1)
-        if not covariance.isfinite().all():
+        covariance = self.outer.addr(mean, mean * -self.images).div_(self.images - 1)
+        if not covariance.sum().isfinite():
             raise FloatingPointError("features are not finite, or of one image alone")
         return Statistics(mean, covariance)
 

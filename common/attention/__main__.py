@@ -73,7 +73,7 @@ def examine(run: Trained, folder: Path | None, count: int, shown: Sequence[tuple
                 for head, at in shown:
                     if at == layer and sum(map(len, kept)) < SHOWN:
                         of_query = maps[:, head, query, net.num_prefix_tokens :]
-                        maps_of[head, at].append(of_query.unflatten(1, net.grid))
+                        maps_of[head, at].append(of_query.unflatten(1, net.grid).clone())
             kept += [images] if sum(map(len, kept)) < SHOWN else []
         left -= len(batch["image"])
         if left <= 0:

@@ -225,7 +225,8 @@ def test_data_are_downsized_by_single_pixels_in_training_and_evaluation(source, 
     images = Shapes(33, train=6) if source == "memory" else ImageFolder(str(folder))
     data = ImageData(images, 10, 4, augment=Augment(interpolation="nearest", flip=0.5), eval_interpolation="nearest",
                      eval_crop=0.875 if split == "val" else 1.0, mean=[0.0], std=[1.0])  # fmt: skip
-    data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False)
+    data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False,
+                                   strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data.sets[split] = data.load(split)
     which = [[Draw(1, index, index) for index in range(6)]]
     loader = DataLoader(data.sets[split], batch_sampler=which, collate_fn=lambda batch: batch)

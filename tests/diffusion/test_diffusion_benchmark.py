@@ -82,6 +82,7 @@ def test_the_plain_loop_takes_the_trainers_steps(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as suite:
         suite.setattr(generation, "normal", lambda *_, n: noise.view(-1, n))
         suite.setattr(TimedGeneration, "draws", lambda *_: dropped[:, None])
+        suite.setattr("common.training.recipe.attention_kernels", lambda *_: "")  # told by running one
         with FlopCounterMode(display=False) as flops_of_trainer:
             cli = benchmark.trained(2, STEPS)
     assert lerps == pytest.approx([0.01] * (STEPS - 1))  # the first update copies
@@ -305,8 +306,9 @@ def test_row_of_the_attention(in_this_process, monkeypatch: pytest.MonkeyPatch) 
     assert found.measures.distance.shape == (4, 3) and not run.net.training
     assert found.images.shape == (4, 3, 24, 24) and found.images.std() > 0.05
     assert (row["analysis"], row["of"]) == ("attention", "nano/1, 577 tokens, 4 layers, 3 heads, 20 images")
-    # One layer's maps of all images take 80 MB; logits and maps, and maps and their rescaled copies, are there at once.
-    assert 0.16 <= float(row["peak GB"]) <= 0.55 and float(row["seconds"]) > 0
+    # One layer's maps of all images take 80 MB, and three times that is there at once; a map that is shown and kept as
+    # a part of them would keep 80 MB of each layer.
+    assert 0.16 <= float(row["peak GB"]) <= 0.37 and float(row["seconds"]) > 0
 
 
 def test_the_metrics_are_measured_at_the_sizes_that_count(monkeypatch: pytest.MonkeyPatch) -> None:

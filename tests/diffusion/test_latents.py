@@ -48,7 +48,8 @@ def batches(autoencoder: Path, latents: Path | None, epoch: int, split: str = "t
     """What a model is given of a few images."""
     data = LatentData(Digits(), 8, 128, augment=Augment(flip=0.5), autoencoder=str(autoencoder),
                       latents=str(latents) if latents else None)  # fmt: skip
-    data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False)
+    data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False,
+                                   strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data.load_autoencoder()
     data.sets[split] = data.load(split)
     draws = [Draw(epoch, index, place) for place, index in enumerate([0, 9, 4, 250, 77, 3, 12, 100])]

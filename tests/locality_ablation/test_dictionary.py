@@ -107,7 +107,8 @@ def test_flops_equal_torchs_counter(options):
 def data(source, training: bool, images: str | None = None, **options) -> ImageData:
     """As a Trainer would have it, in training or in an evaluation."""
     made = ImageData(source, batch_size=4, images=images, **options)
-    made.trainer = SimpleNamespace(seed=3, training=training, predicting=images is not None)
+    made.trainer = SimpleNamespace(seed=3, training=training, predicting=images is not None,
+                                   strategy=SimpleNamespace(root_device=torch.device("cpu")))
     for split in ["predict"] if images else ["train", "val"]:
         made.sets[split] = made.load(split)
     return made
