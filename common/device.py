@@ -20,3 +20,8 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16; others only imitate it, many times slower."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.memory import kept_bytes
+from common.device import has_bf16
 from common.model import SIZES, VisionTransformer
 from common.training.optim import Recipe, adamw
 
@@ -47,11 +48,6 @@ def cases(depth: int, batch: int | None = None) -> list[Case]:
     cifar = [Case("tiny", depth, patch, 32, 3, 10, batch or 8, precision)
              for precision in ("fp32", *["bf16"] * has_bf16()) for patch in patches]
     return digits + cifar
-
-
-def has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16; others only imitate it, many times slower."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def models(case: Case) -> dict[str, nn.Module]:
