@@ -2,13 +2,15 @@
 
   step      the training step under the Trainer of `fit`, with curves, progress, run folder, TensorBoard and average,
             against the same net, loss, AdamW and average in a plain loop; both under bf16
+  peers     the step in fp32 beside that of diffusers' DiTTransformer2DModel of the same size
   latents   images that training reads as cached latents, against images that are encoded as they come
   sampling  guided samples in batches, both predictions in one forward, against one sample at a time in two forwards
   metrics   FID's statistics of images against torch-fidelity's; memory and time of precision and recall, and of the
             analysis of attention, each in a process of its own. It takes many minutes, and is no part of `all`
 
 The sides take turns, and each figure is the median over rounds of what was measured side by side; memory is measured
-once. The result is Markdown with command, hardware and versions, ready for RESULTS.md; progress goes to standard error.
+once. The result is Markdown with command, hardware and versions, ready for RESULTS.md, and JSON where --json names a
+file; progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch.optim import AdamW
 from torch.utils.data import Dataset
 
 from common.benchmark.interleaving import interleaved, ratios, timed
-from common.benchmark.report import check_counts, circumstances, table
+from common.benchmark.report import Section, check_counts, publish
 from common.benchmark.trainer_cost import Timed, fit, without_lightning
 from common.command import run_command
 from common.data.loader import Draw, GlobalBatchData
@@ -43,7 +45,7 @@ from diffusion.metrics import NEIGHBOUR
 from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
 
-MODES = ("step", "latents", "sampling")
+MODES = ("step", "peers", "latents", "sampling")
 BATCH = 128  # of training, as in the config
 SAMPLED_AT_ONCE = 64
 CHANNELS, SIDE, CLASSES = 4, 8, 10  # of the latents of a step, and of samples
@@ -228,33 +230,38 @@ def measure_sampling(patch_size: int, samples: int, steps: int, rounds: int) -> 
 # The command
 
 
-def results(options: argparse.Namespace) -> Iterator[str]:
+def sections(options: argparse.Namespace) -> Iterator[Section]:
     if options.mode in ("step", "all"):
         rows = [measure_step(patch_size, options.steps, options.rounds, options.size) for patch_size in (1, 2)]
-        yield from ("", f"Training step under bf16, {options.steps} steps:", "", *table(STEP_COLUMNS, rows))
+        yield Section(f"Training step under bf16, {options.steps} steps:", STEP_COLUMNS, rows)
+    if options.mode in ("peers", "all"):
+        from diffusion import peers
+
+        torch.manual_seed(0)
+        nets = (DiT(SIDE, patch_size, CHANNELS, CLASSES, size="nano") for patch_size in (1, 2))
+        rows = [peers.measure(net, options.batch * net.patch_size, options.rounds) for net in nets]
+        yield Section("Training step in fp32, beside diffusers' DiTTransformer2DModel:", peers.COLUMNS, rows)
     if options.mode in ("latents", "all"):
         rows = [measure_latents(kind, options.rounds) for kind in ("vq", "kl")]
-        yield from ("", "Latents of digits for training, by the autoencoder of autoencoder_digits.yaml:", "")
-        yield from table(LATENTS_COLUMNS, rows)
+        yield Section("Latents of digits for training, by the autoencoder of autoencoder_digits.yaml:",
+                      LATENTS_COLUMNS, rows)
     if options.mode in ("sampling", "all"):
         rows = [measure_sampling(patch_size, options.samples, options.solver_steps, options.rounds)
                 for patch_size in (1, 2)]
-        yield from ("", f"{options.samples} samples of {SIDE}x{SIDE}x{CHANNELS} in batches of {SAMPLED_AT_ONCE}, "
-                        f"{options.solver_steps} steps of DDIM, guidance {GUIDANCE}, fp32:", "")
-        yield from table(SAMPLING_COLUMNS, rows)
+        yield Section(f"{options.samples} samples of {SIDE}x{SIDE}x{CHANNELS} in batches of {SAMPLED_AT_ONCE}, "
+                      f"{options.solver_steps} steps of DDIM, guidance {GUIDANCE}, fp32:", SAMPLING_COLUMNS, rows)
     if options.mode == "metrics":
         from diffusion import metrics_cost as cost  # matplotlib, which the other modes do without
 
         rows = [cost.measure_statistics(side, options.images, options.rounds) for side in cost.SIDES]
         clock = "the processor's time" if options.threads == 1 else "the clock"
-        yield from ("", "Mean and covariance of Inception's 2048 features (random weights) of uint8 images in memory, "
-                        f"{cost.BATCH} at once, fp32, by torch-fidelity {version('torch-fidelity')} and the suite; by "
-                        f"{clock}:", "")
-        yield from table(cost.FID_COLUMNS, rows)
+        yield Section("Mean and covariance of Inception's 2048 features (random weights) of uint8 images in memory, "
+                      f"{cost.BATCH} at once, fp32, by torch-fidelity {version('torch-fidelity')} and the suite; by "
+                      f"{clock}:", cost.FID_COLUMNS, rows)
         rows = [cost.measure_precision_recall(options.generated, options.references, cost.FEATURES),
                 cost.measure_attention(cost.ATTENDING, cost.ATTENDED, options.analysed)]
-        yield from ("", "Memory of a process of its own at its peak, above what it held before, measured once:", "")
-        yield from table(cost.MEMORY_COLUMNS, rows)
+        yield Section("Memory of a process of its own at its peak, above what it held before, measured once:",
+                      cost.MEMORY_COLUMNS, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
         ("steps", 20, "step: steps of each round"),
+        ("batch", 64, "peers: latents of a step at /1; twice as many at /2"),
         ("samples", 64, "sampling: samples of each round"),
         ("solver_steps", 10, "sampling: steps of DDIM"),
         ("images", 64, "metrics: images of each round whose statistics are taken"),
@@ -274,17 +282,17 @@ def _parser() -> argparse.ArgumentParser:
         ("analysed", 20, "metrics: images whose attention is analysed"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    parser.add_argument("--json", metavar="FILE", help="write the tables as JSON too")
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    check_counts(options, rounds=1, threads=1, steps=2, samples=1, solver_steps=2, images=2,
+    check_counts(options, rounds=1, threads=1, steps=2, batch=1, samples=1, solver_steps=2, images=2,
                  generated=NEIGHBOUR + 1, references=NEIGHBOUR + 1, analysed=1)
     torch.set_num_threads(options.threads)
     quieten()
-    for line in [*circumstances("diffusion.benchmark", arguments, options.rounds), *results(options)]:
-        print(line)
+    publish("diffusion.benchmark", arguments, options.rounds, sections(options), options.json)
     return 0
 
 

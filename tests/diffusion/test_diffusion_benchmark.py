@@ -20,7 +20,7 @@ from common.training.curves import Curves
 from common.training.ema import EMA
 from common.training.progress import Progress
 from common.training.run import RunFolder
-from diffusion import benchmark, generation, metrics_cost
+from diffusion import benchmark, generation, metrics_cost, peers
 from diffusion.autoencoder import Autoencoder
 from diffusion.benchmark import LATENTS_COLUMNS, SAMPLING_COLUMNS, STEP_COLUMNS, TimedGeneration, main
 from diffusion.dit import DiT
@@ -317,7 +317,7 @@ def test_the_metrics_are_measured_at_the_sizes_that_count(monkeypatch: pytest.Mo
     monkeypatch.setattr(metrics_cost, "alone", lambda *work: works.append(work) or (1234.5, int(1e9)))
     options = benchmark._parser().parse_args(["metrics"])
     monkeypatch.setattr(metrics_cost, "measure_statistics", lambda *given: (*map(str, given), "", ""))
-    list(benchmark.results(options))
+    list(benchmark.sections(options))
     assert works == [(metrics_cost.judge, 50_000, 10_000, 2048), (metrics_cost.attend, "base", 32, 20)]
 
 
@@ -352,7 +352,7 @@ def cells(line: str) -> list[str]:
 
 def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
-    arguments = ["all", "--rounds", "1", "--steps", "2", "--samples", "2", "--solver_steps", "3"]
+    arguments = ["all", "--rounds", "1", "--steps", "2", "--samples", "2", "--solver_steps", "3", "--batch", "2"]
     try:
         assert main(arguments) == 0
     finally:
@@ -362,13 +362,14 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
     assert f"`python -m diffusion.benchmark {' '.join(arguments)}`" in head and "medians over 1 rounds" in head
     assert "under bf16, 2 steps" in head and "2 samples of 8x8x4 in batches of 64, 3 steps of DDIM" in output
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
-    assert len(rows) == 12 and [rows[i] for i in (0, 4, 8)] == [
-        list(columns) for columns in (STEP_COLUMNS, LATENTS_COLUMNS, SAMPLING_COLUMNS)
+    assert len(rows) == 16 and [rows[i] for i in (0, 4, 8, 12)] == [
+        list(columns) for columns in (STEP_COLUMNS, peers.COLUMNS, LATENTS_COLUMNS, SAMPLING_COLUMNS)
     ]
-    assert [rows[i][0] for i in (2, 3, 6, 7, 10, 11)] == ["nano/1", "nano/2", "vq", "kl", "nano/1", "nano/2"]
+    assert [rows[i][0] for i in (2, 3, 6, 7, 10, 11, 14, 15)] == [
+        "nano/1", "nano/2", "/1, 4 x 48", "/2, 4 x 48", "vq", "kl", "nano/1", "nano/2"]
 
 
-@pytest.mark.parametrize("option, least", [("rounds", 1), ("threads", 1), ("steps", 2), ("samples", 1),
+@pytest.mark.parametrize("option, least", [("rounds", 1), ("threads", 1), ("steps", 2), ("batch", 1), ("samples", 1),
                                            ("solver_steps", 2), ("images", 2), ("generated", 4), ("references", 4),
                                            ("analysed", 1)])  # fmt: skip
 def test_numbers_that_make_no_sense(option: str, least: int) -> None:
