@@ -228,8 +228,8 @@ def test_a_probe_refuses_micro_batches(mae: Callable, tmp_path: Path, source: Pa
     said = mae("fit", "--init_from", SOURCE, "--run_name", "a", "--data.batch_per_device", "64", config="digits_probe")
     assert said.code == 2 and said.err.splitlines()[-1] == (
         "error: data.batch_size: the loss is no mean over images and needs the 128 images of a device at once, but it "
-        "holds 64; use at most 64, more devices, or model.checkpoint_blocks, or set data.batch_per_device=128 if they "
-        "do fit"
+        "holds 64; use at most 64, more devices, or model.checkpoint_blocks=auto, or set data.batch_per_device=128 if "
+        "they fit"
     )
     assert not (tmp_path / "runs/mae/a").exists()
 
