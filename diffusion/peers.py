@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-from functools import partial
-
 import torch
 from torch import nn
 
-from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.interleaving import raced
 from common.training.optim import Recipe, adamw
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
 
 COLUMNS = ("model", "latents", "batch", "ours ms", "diffusers ms", "times as fast (quartiles)")
 RECIPE = Recipe(lr=1e-4, weight_decay=0.0)
-WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
 
 
 class Diffusers(nn.Module):
@@ -68,14 +64,8 @@ class Step:
 def measure(net: DiT, batch: int, rounds: int) -> tuple[str, ...]:
     """A row of the table; single steps of the two take turns."""
     latents = batch, net.channels, *net.input_size
-    steps = {name: Step(side, latents, net.classes)
-             for name, side in {"ours": net, "diffusers": Diffusers(net)}.items()}
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    times = interleaved({name: timed(partial(step)) for name, step in steps.items()}, rounds)
+    ours, theirs, ratio = raced(*(Step(side, latents, net.classes) for side in (net, Diffusers(net))), rounds)
     return (
         f"/{net.patch_size}, {net.depth} x {net.width}", "x".join(map(str, (*net.input_size, net.channels))),
-        str(batch), *(f"{1e3 * statistics.median(values):.1f}" for values in times.values()),
-        f"{ratios(times['ours'], times['diffusers']):.3f}",
+        str(batch), f"{1e3 * ours:.1f}", f"{1e3 * theirs:.1f}", f"{ratio:.3f}",
     )  # fmt: skip

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from functools import partial
 
-import torch
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.interleaving import raced
 from common.model.transformer import LayerNorm
-from common.training.optim import Recipe, adamw
+from mae.benchmark import MASKED, Step
 from mae.model import MaskedAutoencoder
 
 COLUMNS = ("encoder", "decoder", "image", "batch", "ours ms", "timm ms", "times as fast (quartiles)")
-RECIPE = Recipe(lr=1e-4)
-WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
 
 
 class Peer(TimmBlock):
@@ -38,34 +34,10 @@ def through_timm(net: MaskedAutoencoder) -> MaskedAutoencoder:
     return peer
 
 
-class Step:
-    """A step of forward, backward and AdamW on one random batch, with new masks each time."""
-
-    def __init__(self, net: MaskedAutoencoder, batch: int) -> None:
-        self.net = net
-        self.generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(batch, net.channels, *net.image_size, generator=self.generator)
-        self.optimizer = adamw(net, RECIPE, RECIPE.lr)
-
-    def __call__(self) -> float:
-        noise = torch.rand(len(self.images), self.net.tokens, generator=self.generator)
-        self.optimizer.zero_grad()
-        loss, _, _ = self.net(self.images, noise)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-
 def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[str, ...]:
     """A row of the table; single steps of the two take turns."""
-    steps = {"ours": Step(net, batch), "timm": Step(through_timm(net), batch)}
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    times = interleaved({name: timed(partial(step)) for name, step in steps.items()}, rounds)
+    ours, theirs, ratio = raced(*(partial(Step(side, batch), MASKED) for side in (net, through_timm(net))), rounds)
     return (
         f"/{net.patch_size}, {net.depth} x {net.width}", f"{net.decoder_depth} x {net.decoder_width}",
-        "x".join(map(str, net.image_size)), str(batch),
-        *(f"{1e3 * statistics.median(values):.1f}" for values in times.values()),
-        f"{ratios(times['ours'], times['timm']):.3f}",
+        "x".join(map(str, net.image_size)), str(batch), f"{1e3 * ours:.1f}", f"{1e3 * theirs:.1f}", f"{ratio:.3f}",
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
-from common.benchmark import augmentation, peers, pipelines, scaling, step, trainer_cost
+from common.benchmark import augmentation, interleaving, peers, pipelines, scaling, step, trainer_cost
 from common.benchmark.__main__ import main
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.peers import Case
@@ -81,12 +81,12 @@ def test_bf16_is_autocast() -> None:
 
 
 def test_a_timed_step_is_the_whole_step() -> None:
-    assert peers.timed(lambda: time.sleep(0.02) or 0.0)() >= 0.02
+    assert interleaving.timed(lambda: time.sleep(0.02) or 0.0)() >= 0.02
 
 
 def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"ours": [0.1, 0.2, 0.4], "timm": [0.4, 0.4, 0.4]}
-    monkeypatch.setattr(peers, "interleaved", lambda sides, rounds: times)
+    times = {"ours": [0.1, 0.2, 0.4], "theirs": [0.4, 0.4, 0.4]}
+    monkeypatch.setattr(interleaving, "interleaved", lambda sides, rounds: times)
     row = dict(zip(peers.COLUMNS, peers.measure(small(2, "fp32"), rounds=3), strict=True))
     assert row["model"] == "nano/2, 1 blocks" and row["image"] == "4x4x3"
     assert (row["ours ms"], row["timm ms"]) == ("200.0", "400.0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -11,14 +10,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.interleaving import raced
 from common.benchmark.memory import kept_bytes
 from common.device import has_bf16
 from common.model import SIZES, VisionTransformer
 from common.training.optim import Recipe, adamw
 
 RECIPE = Recipe(lr=1e-4)
-WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
 COLUMNS = ("model", "image", "precision", "batch", "ours ms", "timm ms", "ours images/s", "timm images/s",
            "times as fast (quartiles)", "ours MB kept", "timm MB kept")  # fmt: skip
 
@@ -96,15 +94,11 @@ def measure(case: Case, rounds: int) -> tuple[str, ...]:
     """A row of the table; single steps of the two models take turns."""
     nets = models(case)
     memory = [kept(net, batch_of(case)[0], case.precision) for net in nets.values()]
-    steps = {name: training_step(net, *batch_of(case), case.precision) for name, net in nets.items()}
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    times = interleaved({name: timed(step) for name, step in steps.items()}, rounds)
-    ours, timm = (statistics.median(times[name]) for name in ("ours", "timm"))
+    steps = (training_step(net, *batch_of(case), case.precision) for net in nets.values())
+    ours, timm, ratio = raced(*steps, rounds)
     return (
         f"{case.size}/{case.patch_size}, {case.depth} blocks", f"{case.side}x{case.side}x{case.channels}",
         case.precision, str(case.batch), f"{1e3 * ours:.1f}", f"{1e3 * timm:.1f}",
-        f"{case.batch / ours:,.0f}", f"{case.batch / timm:,.0f}", f"{ratios(times['ours'], times['timm']):.3f}",
+        f"{case.batch / ours:,.0f}", f"{case.batch / timm:,.0f}", f"{ratio:.3f}",
         *(f"{size / 1e6:.2f}" for size in memory),
     )  # fmt: skip

@@ -145,8 +145,9 @@ class GlobalBatchData(L.LightningDataModule):
         per_device = self.global_batch // ranks
         asked = 1 if self.batch_per_device == "auto" else min(self.batch_per_device, per_device)
         module.make_room(self, per_device if module.whole_batch else asked)
-        fitting = max(module.images_that_fit(self), 1)
-        most = self._most(fitting) if self.batch_per_device == "auto" else self.batch_per_device
+        most = self.batch_per_device
+        if most == "auto":
+            most = self._most(max(module.images_that_fit(self), 1))
         if module.whole_batch and per_device > most:
             raise InputError(f"data.batch_size: the loss is no mean over images and needs the {per_device} images of a "
                              f"device at once, but it holds {most}; use at most {most * ranks}, more devices, or "

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.benchmark import interleaving
 from diffusion import peers
 from diffusion.dit import DiT
 
@@ -37,7 +38,7 @@ def test_both_learn_the_same_batch():
 
 
 def test_row_of_the_peers(monkeypatch):
-    monkeypatch.setattr(peers, "interleaved", lambda sides, rounds: {"ours": [0.1, 0.2], "diffusers": [0.2, 0.2]})
+    monkeypatch.setattr(interleaving, "interleaved", lambda *_: {"ours": [0.1, 0.2], "theirs": [0.2, 0.2]})
     row = dict(zip(peers.COLUMNS, peers.measure(net(), 2, rounds=2), strict=True))
     assert row["model"] == "/2, 2 x 32" and row["latents"] == "8x8x4" and row["batch"] == "2"
     assert row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"

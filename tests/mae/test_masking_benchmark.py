@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.benchmark import interleaving
 from common.benchmark.memory import kept_bytes
 from common.errors import InputError
 from common.training.optim import Recipe
@@ -159,14 +160,14 @@ def test_values_that_make_no_sense(arguments: list[str], message: str) -> None:
 
 def test_the_peer_is_the_same_function_with_timm_s_blocks() -> None:
     net = small(image=8, width=32)
-    steps = peers.Step(net, 3), peers.Step(peers.through_timm(net), 3)
+    steps = Step(net, 3), Step(peers.through_timm(net), 3)
     assert isinstance(steps[1].net.blocks[0], TimmBlock) and isinstance(steps[1].net.decoder_blocks[0], TimmBlock)
     for _ in range(3):  # and takes the same steps
-        ours, theirs = (step() for step in steps)
+        ours, theirs = (step(MASKED) for step in steps)
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_row_of_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "interleaved", lambda sides, rounds: {"ours": [0.1, 0.2], "timm": [0.2, 0.2]})
+    monkeypatch.setattr(interleaving, "interleaved", lambda *_: {"ours": [0.1, 0.2], "theirs": [0.2, 0.2]})
     row = dict(zip(peers.COLUMNS, peers.measure(small(image=8, width=32), 2, rounds=2), strict=True))
     assert row["ours ms"] == "150.0" and row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"
