@@ -37,7 +37,7 @@ def experiment(config: str, overrides: Sequence[str], batch: int, compiled: bool
     """
     study = Path(config).resolve().parent.parent.name
     cli = StudyCLI(study, ["fit", "--config", config, *overrides], run=False)
-    module, data = cli.without_files(cli.options.trainer.accelerator)
+    module, data = cli.parts(cli.options.trainer.accelerator)
     data.without_files()
     trainer: Trainer = module.trainer
     data.global_batch, data.steps_per_epoch = batch, 1

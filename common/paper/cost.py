@@ -89,7 +89,7 @@ def computed(start: Start) -> Price:
 def _built(start: Start) -> tuple[Experiment, GlobalBatchData, nn.Module]:
     import torch
 
-    module, data = start.parsed().without_files()
+    module, data = start.parsed().parts()
     if "data.autoencoder" in start.sources:
         data.autoencoder = _built(start.sources["data.autoencoder"])[2]
     data.without_files()

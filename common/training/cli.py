@@ -258,8 +258,8 @@ class StudyCLI(LightningCLI):
             raise InputError(f"{self.folder}: there is no checkpoint to {self.subcommand}; run fit with the same "
                              "options, name the run with --run_name, or give weights with --init_from")
 
-    def without_files(self, accelerator: str = "cpu") -> tuple[Experiment, GlobalBatchData]:
-        """The experiment and its data, whose files need not be at hand, with a Trainer that only tells them of itself:
+    def parts(self, accelerator: str = "cpu") -> tuple[Experiment, GlobalBatchData]:
+        """The experiment and its data, with a Trainer that trains nothing and only tells them of itself:
         for what is computed or measured on models alone.
         """
         made = self.parser.instantiate_classes(self.config)[self.subcommand]
