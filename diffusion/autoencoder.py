@@ -155,7 +155,7 @@ class Autoencoder(nn.Module):
         if height % self.factor or width % self.factor:
             raise InputError(f"images of {height}x{width} pixels cannot be reduced by {self.factor}: both sides must "
                              "be multiples of it")
-        return self.model.quant_conv(self.model.encoder(images)).float()
+        return self.model.quant_conv(self.model.encoder(images.to(self.model.dtype))).float()
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, z, h, w) from `moments`, not normalised.

@@ -19,7 +19,7 @@ class PatchDiscriminator(nn.Module):
     """The PatchGAN of pix2pix (Isola et al. 2017): each logit judges one patch of an image, not the whole.
 
     Convolutions of 4x4: `layers` of stride 2, one of stride 1, and one to the logits. At 3 layers a logit sees 70x70
-    pixels, and 256x256 images have 30x30 logits. It always runs in fp32.
+    pixels, and 256x256 images have 30x30 logits. It runs in the precision of its weights, under any autocast.
 
     Args:
         channels: of the images.
@@ -71,7 +71,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, 1, h, w), high where a patch looks real."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.main(images.float())
+            return self.main(images.to(self.main[0].weight.dtype))
 
 
 def _input_side(strides: list[int]) -> int:

@@ -46,7 +46,7 @@ class SegmentTokens(nn.Module):
         sums = sums.index_add(0, slots.flatten(), pixels.flatten(0, 1)).view(batch, self.limit, -1)
         count = sums[..., -1]
         means = sums / count.clamp(min=1)[..., None]
-        return self.proj(means[..., :-3]), means[..., -3:-1], count
+        return self.proj(means[..., :-3].to(self.proj.weight.dtype)), means[..., -3:-1], count
 
 
 class SegmentTransformer(VisionTransformer):

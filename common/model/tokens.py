@@ -39,7 +39,7 @@ class LinearTokens(nn.Module):
         self.proj = nn.Linear(patch_size * patch_size * channels, width)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(patchify(images, self.patch_size))
+        return self.proj(patchify(images, self.patch_size).to(self.proj.weight.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "proj.weight"

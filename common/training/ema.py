@@ -14,7 +14,7 @@ from common.training.compilation import compile_blocks
 
 
 class EMA(L.Callback):
-    """Keeps an average in fp32 of the module's `net`, parameters and floating-point buffers, as `self.net`.
+    """Keeps an average of the module's `net`, parameters and floating-point buffers, as `self.net`; in fp32 at least.
 
     The first update copies. The average is no part of the module, whose `state_dict` stays raw; a checkpoint holds it
     under the key `ema`. Evaluation uses it where there is one, and reports the raw weights beside it.
@@ -42,7 +42,8 @@ class EMA(L.Callback):
             self.net = _average_of(module, trainer)
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-            torch._foreach_lerp_(_floats(self.net), [_whole(v).float() for v in _floats(module.net)], 1 - decay)
+            torch._foreach_lerp_(_floats(self.net), [_whole(v).to(_precision(trainer)) for v in _floats(module.net)],
+                                 1 - decay)  # fmt: skip
         self.updates += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ class EMA(L.Callback):
 
 
 def _average_of(module: L.LightningModule, trainer: L.Trainer) -> nn.Module:
-    net = _copy(module, trainer).float().requires_grad_(False).eval()
+    net = _copy(module, trainer).to(_precision(trainer)).requires_grad_(False).eval()
     if module.compiled:  # a copy is not
         compile_blocks(net)
     return net
@@ -70,6 +71,10 @@ def _copy(module: L.LightningModule, trainer: L.Trainer) -> nn.Module:
     net = module.built(trainer.datamodule).to(trainer.strategy.root_device)  # a sharded net refuses to be copied
     net.load_state_dict({name: _whole(value) for name, value in module.net.state_dict().items()})
     return net
+
+
+def _precision(trainer: L.Trainer) -> torch.dtype:
+    return torch.float64 if trainer.precision == "64-true" else torch.float32
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
 """One global batch: however it is spread over processes and micro-batches, every study trains the same weights.
 
 Each case trains for 50 steps and more with all that could tell a part of the batch from the whole of it. `one` process
-with the whole batch is what the others are measured against. Autoencoders amplify rounding: the gradient of an absolute
-error is a sign. At the config's rate of 4e-3, KL's weights are 5e-4 apart after 54 steps on two processes, 3e-14 in
-fp64, and 2e-3 in one process that starts with weights other by 1e-7; here its rate grows to a tenth of that. VQ's codes
-amplify more, since Adam takes whole steps along the vanishing gradient of a code that has found its cells, and a code
-that rounding chose otherwise is another reconstruction: tests/diffusion/test_vqgan.py has it, for a few steps, and the
-adversary of both.
+with the whole batch is what the others are measured against. They compute in fp64: in fp32, training amplifies rounding
+to 5e-4 of depth's positions and of KL's weights, and how much depends on the processor. VQ's nearest codes are searched
+in fp32: tests/diffusion/test_vqgan.py has it, for a few steps, and the adversary of both.
 """
 
 import functools
@@ -30,7 +27,8 @@ CLASSIFIER = [*VIT, "--model.drop_path", "0.2", "--model.mixup", "0.8", "--model
               "--model.label_smoothing", "0.1", "--data.augment.flip", "0.5", "--data.augment.crop_scale",
               "[0.5,1.0]"]  # fmt: skip
 COMMON = ["--run_name", "run", "--model.optim.ema", "0.9", "--model.optim.warmup_epochs", "1", "--trainer.accelerator",
-          "cpu", "--trainer.log_every_n_steps", "1", "--trainer.callbacks+=recording.Recorder"]  # fmt: skip
+          "cpu", "--trainer.precision", "64-true", "--trainer.log_every_n_steps", "1",
+          "--trainer.callbacks+=recording.Recorder"]  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -59,8 +57,7 @@ CASES = {
     ),
     "kl": Case("diffusion/configs/autoencoder_digits.yaml",
                ["--model.kind", "kl", "--model.base", "8", "--model.groups", "4", "--model.adversary.weight", "0",
-                "--model.optim.lr", "4e-4", "--model.optim.warmup_epochs", "6", "--data.batch_size", "128",
-                "--data.augment.flip", "0.5"]),
+                "--data.batch_size", "128", "--data.augment.flip", "0.5"]),
 }  # fmt: skip
 
 
@@ -81,7 +78,7 @@ def fit(case: str, folder: Path, *more: object, devices: int = 1, stop: int | No
 
 
 def assert_alike(ours: Path, theirs: Path, scalars: Callable) -> None:
-    """Weights and average to 1e-4, which is what a single step may move a weight by; curves to two thousandths.
+    """Weights, average and moments as fp64 rounds them; curves as TensorBoard and the metrics do, to fp32.
 
     Adam's steps are those of any multiple of the gradients: that they are not multiplied, their norm and moments tell.
     """
@@ -91,22 +88,20 @@ def assert_alike(ours: Path, theirs: Path, scalars: Callable) -> None:
     for part in (lambda c: c["state_dict"], lambda c: c["ema"]["state_dict"]):
         assert part(one).keys() == part(other).keys()
         for name, value in part(one).items():
-            kept = torch.ones_like(value, dtype=torch.bool)
-            if name.endswith("qkv.bias"):  # the keys' has no gradient but rounding, which Adam magnifies
-                kept.view(3, -1)[1] = False
-            torch.testing.assert_close(part(other)[name][kept], value[kept], rtol=1e-4, atol=1e-4, msg=name)
+            assert value.dtype == torch.float64 or not value.is_floating_point()
+            torch.testing.assert_close(part(other)[name], value, rtol=0, atol=1e-9, msg=name)
     assert one["ema"]["updates"] == other["ema"]["updates"] == one["global_step"]
     (ours,), (theirs,) = other["optimizer_states"], one["optimizer_states"]
     for number, moments in theirs["state"].items():
         for name, value in moments.items():
             apart = (ours["state"][number][name] - value).abs().max()
-            assert apart <= 0.01 * value.abs().max(), f"{name} of parameter {number}"
+            assert apart <= 1e-9 * value.abs().max(), f"{name} of parameter {number}"
     compared = [tag for tag in curves if tag in ("train/loss", "train/grad_norm") or tag.startswith("val/")]
     assert len(curves["train/loss"]) >= 50 and max(len(curves[tag]) for tag in compared if tag.startswith("val/")) >= 3
     for tag in compared:
         assert [step for step, _ in others[tag]] == [step for step, _ in curves[tag]]
         values = [value for _, value in curves[tag]]
-        assert [value for _, value in others[tag]] == pytest.approx(values, rel=2e-3, nan_ok=True), tag  # HPARAMS' NaN
+        assert [value for _, value in others[tag]] == pytest.approx(values, rel=1e-6, nan_ok=True), tag  # HPARAMS' NaN
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_the_average_follows_its_recurrence(train: Callable, warmup, batch_per_d
 def test_the_warm_up_rises_to_the_decay():
     """A parameter that is 0 at first and 1 ever after shows the product of the decays."""
     net, callback = torch.nn.Linear(1, 1, bias=False), EMA(decay=0.25, warmup=True)
-    trainer, module = SimpleNamespace(global_step=0), SimpleNamespace(net=net, compiled=False)
+    trainer, module = SimpleNamespace(global_step=0, precision="32-true"), SimpleNamespace(net=net, compiled=False)
     callback.on_train_start(trainer, module)
     shares = []
     for value in (0.0, 1.0, 1.0, 1.0):
@@ -67,7 +67,8 @@ def test_the_warm_up_rises_to_the_decay():
 
 def test_bf16_weights_are_averaged_in_fp32():
     net, callback = VisionTransformer(4, patch_size=2, size="nano", depth=1).bfloat16(), EMA(decay=0.999)
-    trainer, module, history = SimpleNamespace(global_step=0), SimpleNamespace(net=net, compiled=False), []
+    trainer, history = SimpleNamespace(global_step=0, precision="bf16-true"), []
+    module = SimpleNamespace(net=net, compiled=False)
     callback.on_train_start(trainer, module)
     for _ in range(20):
         for parameter in net.parameters():
