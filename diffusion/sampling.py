@@ -13,7 +13,7 @@ from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
 
 SolverName = Literal["ddpm", "ddim", "dpm++"]
-PIECE = 16  # samples at once on a CPU, so that they stay in a core's cache: 1.3 times as fast as 64 on one
+PIECE = 1024  # tokens at once on each thread of a CPU, so that they stay in its core's cache
 
 
 class Sampler:
@@ -57,10 +57,11 @@ class Sampler:
             numbers: of the samples (B,).
             labels: their classes (B,); none where the net has no classes.
         """
-        if numbers.device.type == "cpu" and len(numbers) > PIECE:
-            labels_of_pieces = [None] * len(numbers) if labels is None else labels.split(PIECE)
-            pieces = zip(numbers.split(PIECE), labels_of_pieces, strict=False)
-            return torch.cat([self(net, *piece) for piece in pieces])
+        piece = max(1, PIECE * torch.get_num_threads() // net.tokens)
+        if numbers.device.type == "cpu" and len(numbers) > piece:
+            labels_of_pieces = [None] * len(numbers) if labels is None else labels.split(piece)
+            pieces = zip(numbers.split(piece), labels_of_pieces, strict=False)
+            return torch.cat([self(net, *some) for some in pieces])
         shape = (net.channels, *net.input_size)
         x = self.noise("sample", numbers, shape)
         if self.solver == "dpm++":

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from common.errors import InputError
+from diffusion import sampling
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
 from diffusion.samples import Sampling
@@ -16,7 +17,7 @@ SOLVERS = ("ddpm", "ddim", "dpm++")
 class Points(torch.nn.Module):
     """Knows the noise exactly where all data of a class are one point: its label in every pixel."""
 
-    channels, input_size, classes = 2, (3, 4), 5
+    channels, input_size, tokens, classes = 2, (3, 4), 12, 5
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ def test_ddpm_visits_the_steps_of_adm():
 class Normal(torch.nn.Module):
     """Knows the noise exactly where all data are normal numbers of this mean and deviation."""
 
-    channels, input_size, classes, mean, std = 1, (50, 50), 0, 0.5, 0.1
+    channels, input_size, tokens, classes, mean, std = 1, (50, 50), 2500, 0, 0.5, 0.1
 
     def forward(self, x, t, y):
         kept = GaussianDiffusion().alphas_cumprod[t][:, None, None, None].float()
@@ -105,10 +106,15 @@ def dit() -> DiT:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_sample_is_a_function_of_its_number(solver):
+def test_a_sample_is_a_function_of_its_number(solver, monkeypatch):
     net, sampler = dit(), Sampler(GaussianDiffusion(), solver, 12, guidance=1.5)
+    monkeypatch.setattr(sampling, "PIECE", 8 * net.tokens)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    together = []
+    net.register_forward_pre_hook(lambda _, given: together.append(len(given[0])))
     labels = torch.arange(40) % 3
-    whole = sampler(net, torch.arange(40), labels)  # in pieces, and some more
+    whole = sampler(net, torch.arange(40), labels)
+    assert together[::12] == [32, 32, 16]  # both predictions of each piece
     for numbers in ([6, 2], [0, 1, 5], [3], [39, 16]):
         alone = sampler(net, torch.tensor(numbers), labels[numbers])
         torch.testing.assert_close(alone, whole[numbers], atol=1e-4, rtol=1e-4)
