@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
-from common.benchmark import augmentation, interleaving, peers, pipelines, scaling, step, trainer_cost
+from common.benchmark import augmentation, building, interleaving, peers, pipelines, scaling, step, trainer_cost
 from common.benchmark.__main__ import main
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.peers import Case
@@ -288,6 +289,24 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
     [row] = tables["Training step of a config, on noise:"]
     assert row["config"] == "supervised/digits" and row["tokens"] == 64 and row["compiled"] == "no"
     assert sum(map(len, tables.values())) == sum(len(row) > 1 for row in rows) - 2 * len(tables)
+
+
+def test_a_store_is_written_beside_decoding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same files, by as many processes, anew in each round; in threads here, whose start takes no time."""
+    files = tmp_path / "pictures"
+    pipelines.photographs(files)
+    monkeypatch.setattr(building, "processes", ThreadPoolExecutor)
+    decoded, written = [], []
+    monkeypatch.setattr(building, "decode", lambda file, channels: decoded.append(file))
+    monkeypatch.setattr(building, "write_shard", lambda folder, number, part, channels, side: (
+        written.append((number, side, *part)), (number, True))[1])
+    seconds = iter([[2.0, 4.0, 2.0], [4.0, 5.0, 2.0]])
+    monkeypatch.setattr(building, "interleaved", lambda sides, rounds: {
+        name: run() and None or next(seconds) for name, run in sides.items()})
+    rows = building.measure(str(files), 32, images=10, workers=2, rounds=3)
+    assert len(decoded) == 20 and sorted(decoded[:10]) == sorted(f for _, _, *part in written[:4] for f in part)
+    assert sorted(number for number, _, *_ in written) == list(range(8)) and {side for _, side, *_ in written} == {32}
+    assert rows == [("decoding alone", "5", ""), ("a store of 32x32", "2", "0.80 (0.65 to 0.90)")]
 
 
 @pytest.mark.parametrize("config", [

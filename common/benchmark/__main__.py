@@ -7,6 +7,7 @@
   trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: null model
   augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
   data     random crops of 28x28 of photographs on disk: decoded by PIL, by the suite, and from its store, a core each
+  store    writing such a store on all cores against decoding alone; no part of `all`
   sequence what a device keeps for the backward of an image whose tokens it shares with another one, against a formula
   growth   time and memory of a step against the number of tokens, up to 50,176, and against the width, with the fitted
            curve beside the formula. It takes minutes, and is no part of `all`
@@ -22,6 +23,7 @@ file; progress goes to standard error.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +66,12 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
 
         rows = pipelines.measure(options.folder, options.side, options.crops, options.rounds)
         yield Section(f"Random resized crops to 28x28, {options.crops} images, one thread:", pipelines.COLUMNS, rows)
+    if options.mode == "store":
+        from common.benchmark import building
+
+        workers = os.cpu_count()
+        rows = building.measure(options.folder, options.side, options.crops, workers, options.rounds)
+        yield Section(f"{options.crops} images by {workers} processes of one thread:", building.COLUMNS, rows)
     if options.mode in ("sequence", "all"):
         from common.benchmark import sequence
 
@@ -90,7 +98,7 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m common.benchmark", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="?", choices=[*MODES, "growth", "scaling", "all"], default="all",
+    parser.add_argument("mode", nargs="?", choices=[*MODES, "store", "growth", "scaling", "all"], default="all",
                         help="default: all")
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
@@ -100,15 +108,15 @@ def _parser() -> argparse.ArgumentParser:
                         "128, in scaling of one process"),
         ("steps", 2000, "trainer: steps of each round"),
         ("images", 2048, "augment: images of each round"),
-        ("crops", 1024, "data: images of each round"),
-        ("side", 96, "data: pixels of the store's squares"),
+        ("crops", 1024, "data, store: images of each round"),
+        ("side", 96, "data, store: pixels of the store's squares"),
         ("seconds", 60, "growth: that the steps of a model may take; what would take longer is left out"),
         ("processes", 2, "scaling: processes beside one, each of so many threads"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
                             help=text + (f" (default {default})" if default else ""))
     parser.add_argument("--folder", metavar="DIR",
-                        help="data: class folders of photographs (default: three that scikit-image ships)")
+                        help="data, store: class folders of photographs (default: three that scikit-image ships)")
     parser.add_argument("--config", nargs="+", default=[CONFIG], metavar="FILE",
                         help=f"step, scaling: STUDY/configs/NAME.yaml that is trained (default {CONFIG})")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,

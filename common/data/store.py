@@ -55,8 +55,8 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
     known = folder / "index.json"
     expected = json.loads(known.read_text())["checksums"] if known.is_file() else [None] * len(parts)
     checksums: dict[int, int] = {}
-    with _pool(workers) as pool:
-        jobs = {pool.submit(_write_shard, folder, number, part, source.channels, size): number
+    with processes(workers) as pool:
+        jobs = {pool.submit(write_shard, folder, number, part, source.channels, size): number
                 for number, part in parts.items()}
         for job in _finished(pool, jobs):
             number, (checksum, anew) = jobs[job], job.result()
@@ -69,7 +69,8 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
     return folder
 
 
-def _pool(workers: int) -> Executor:
+def processes(workers: int) -> Executor:
+    """That write shards, on one thread each; a thread of this process where one is enough."""
     if workers == 1:
         return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
@@ -93,7 +94,7 @@ def _tell(done: int, shards: int, images: int) -> None:
           f"{seconds / done * (shards - done):.0f} s left", file=sys.stderr, flush=True)
 
 
-def _write_shard(folder: Path, number: int, files: list[str], channels: int, size: int) -> tuple[int, bool]:
+def write_shard(folder: Path, number: int, files: list[str], channels: int, size: int) -> tuple[int, bool]:
     """The checksum of a shard, and whether it had to be written."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resize
