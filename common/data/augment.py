@@ -113,7 +113,7 @@ class Augment:
         piece = SQUARES if squares.device.type == "cpu" else len(squares)
         parts = zip(*(part.split(piece) for part in (squares, *sides)), strict=True)
         # Only what is left is divided by 255: a pass over all that is stored would cost as much as the crop.
-        return torch.cat([resample(some.float(), *of_some) for some, *of_some in parts]).div_(255).clamp_(0, 1)
+        return torch.cat([resample(some, *of_some) for some, *of_some in parts]).div_(255).clamp_(0, 1)
 
     def place_each(self, images: Sequence[Tensor], draws: Tensor, size: tuple[int, int]) -> Tensor:
         """Crop and flip of uint8 images (C, h, w) of any sizes, whose `draws` are (B, DRAWS): uint8 (B, C, H, W)."""

@@ -125,12 +125,15 @@ def nearest(length: Tensor, size: int) -> Tensor:
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images float (B, C, h, w) by weights (B or 1, H, h) and (B or 1, W, w): (B, C, H, W)."""
+    """Images (B, C, h, w), uint8 or float, by weights (B or 1, H, h) and (B or 1, W, w): float (B, C, H, W)."""
     batch, channels, height, width = images.shape
     if len(columns) == 1:
-        return rows @ (images @ columns[0].mT)
-    narrow = torch.bmm(images.reshape(batch, channels * height, width), columns.mT)
-    return rows[:, None] @ narrow.view(batch, channels, height, -1)
+        return rows @ (images.to(rows.dtype) @ columns[0].mT)
+    # With the channels of a row side by side, an image is two large products and not one for each channel.
+    lines = images.transpose(1, 2).to(rows.dtype, memory_format=torch.contiguous_format)
+    low = torch.bmm(rows.expand(batch, -1, -1), lines.reshape(batch, height, channels * width))
+    placed = torch.bmm(low.view(batch, -1, width), columns.mT)
+    return placed.view(batch, -1, channels, placed.shape[-1]).transpose(1, 2)
 
 
 def crop(
