@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from common.benchmark.interleaving import interleaved, ratios, timed
@@ -25,7 +26,7 @@ def measure(folder: str | None, side: int, images: int, workers: int, rounds: in
         files, _ = source.read(Path(root), "train")
         chosen = [files[i % len(files)] for i in range(images)]
         parts = [chosen[i :: PARTS * workers] for i in range(PARTS * workers)]
-        written = partial(_write, pool, Path(root), parts, source.channels, side, iter(range(10**9)))
+        written = partial(_write, pool, Path(root), parts, source.channels, side, count())
         sides = {"decoding alone": partial(_decode, pool, parts, source.channels), f"a store of {side}x{side}": written}
         for run in sides.values():
             run()  # the processes have started, and the files are in memory

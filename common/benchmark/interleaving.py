@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
+
 
 def timed(step: Callable[[], float]) -> Callable[[], float]:
     """The seconds of a step instead of its loss."""
@@ -31,18 +33,6 @@ def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
         for name in names[first:] + names[:first]:
             times[name].append(sides[name]())
     return times
-
-
-WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
-
-
-def raced(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, Spread]:
-    """Single steps of two sides take turns: the median seconds of each, and how many times as fast ours are."""
-    for step in (ours, theirs):
-        for _ in range(WARM_UP):
-            step()
-    times = interleaved({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
-    return *map(statistics.median, times.values()), ratios(times["ours"], times["theirs"])
 
 
 class Spread(NamedTuple):
@@ -70,3 +60,12 @@ def ratios(times: Sequence[float], reference: Sequence[float]) -> Spread:
 def differences(times: Sequence[float], reference: Sequence[float]) -> Spread:
     """How much longer than the reference, from the pairs of the rounds."""
     return Spread.of(own - other for own, other in zip(times, reference, strict=True))
+
+
+def raced(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, Spread]:
+    """Single steps of two sides take turns: the median seconds of each, and how many times as fast ours are."""
+    for step in (ours, theirs):
+        for _ in range(WARM_UP):
+            step()
+    times = interleaved({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
+    return *map(statistics.median, times.values()), ratios(times["ours"], times["theirs"])

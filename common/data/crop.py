@@ -129,7 +129,8 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     batch, channels, height, width = images.shape
     if len(columns) == 1:
         return rows @ (images.to(rows.dtype) @ columns[0].mT)
-    # With the channels of a row side by side, an image is two large products and not one for each channel.
+    # With the channels of a row side by side, an image is two large products and not one for each channel. uint8 is
+    # converted on the way there, in the same pass.
     lines = images.transpose(1, 2).to(rows.dtype, memory_format=torch.contiguous_format)
     low = torch.bmm(rows.expand(batch, -1, -1), lines.reshape(batch, height, channels * width))
     placed = torch.bmm(low.view(batch, -1, width), columns.mT)

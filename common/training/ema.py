@@ -42,8 +42,8 @@ class EMA(L.Callback):
             self.net = _average_of(module, trainer)
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-            torch._foreach_lerp_(_floats(self.net), [_whole(v).to(_precision(trainer)) for v in _floats(module.net)],
-                                 1 - decay)  # fmt: skip
+            dtype = _precision(trainer)
+            torch._foreach_lerp_(_floats(self.net), [_whole(v).to(dtype) for v in _floats(module.net)], 1 - decay)
         self.updates += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
