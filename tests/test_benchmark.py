@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run
 from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
@@ -361,7 +360,6 @@ def test_scaling_trains_one_config() -> None:
 
 
 def test_the_command_leaves_with_2_and_one_line() -> None:
-    command = [sys.executable, "-m", "common.benchmark", "step", "--rounds", "0"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    process = run("common.benchmark", "step", "--rounds", "0")
     assert process.returncode == 2
     assert process.stderr == "error: --rounds 0: give a whole number, 1 or more\n"

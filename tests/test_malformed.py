@@ -3,13 +3,12 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import archives
+import forked
 import h5py
 import numpy as np
 import pytest
@@ -20,8 +19,7 @@ from small import SMALL
 
 from common.training.checkpoints import read
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "supervised" / "configs"
+CONFIGS = forked.ROOT / "supervised" / "configs"
 RED = np.full((1, 3072), 200, np.uint8)
 
 
@@ -34,9 +32,7 @@ class Said(NamedTuple):
 
 def start(folder: Path, module: str, *arguments: object) -> Said:
     """Runs `python -m MODULE ARGUMENTS` in `folder`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=folder, env=environment,
-                             capture_output=True, text=True, timeout=120)  # fmt: skip
+    process = forked.run(module, *arguments, cwd=folder)
     said = [line for line in process.stderr.splitlines() if line.startswith(("error: ", "failed: "))]
     assert "Traceback" not in process.stdout + process.stderr
     assert len(said) == (process.returncode > 0), process.stderr

@@ -4,10 +4,9 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -432,7 +431,7 @@ def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
     (["run", "T3a", "--scale", "demo", "--seeds", "0"], "--seeds 0"),
 ])
 def test_errors_are_one_line(arguments, message):
-    done = subprocess.run([sys.executable, "-m", "common.paper", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = forked.run("common.paper", *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -1,14 +1,13 @@
 """The store of shrunk training images: what it holds, what its crops are worth, and how it survives."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import archives
 import numpy as np
 import pytest
 import torch
+from forked import run
 from PIL import Image
 
 from common.data import Digits, Flowers102, ImageFolder, ImageNet
@@ -188,8 +187,7 @@ def test_what_is_in_memory_needs_no_store(tmp_path):
 
 
 def test_the_command_tells_what_it_made(root):
-    options = ["imagenet", "--size", str(SIZE), "--root", str(root), "--workers", "2"]
-    done = subprocess.run([sys.executable, "-m", "common.data.store", *options], capture_output=True, text=True)
+    done = run("common.data.store", "imagenet", "--size", SIZE, "--root", root, "--workers", "2")
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert "6 images" in done.stdout and f"Train with --data.store {SIZE}" in done.stdout
     assert "shard 1 of 1" in done.stderr

@@ -1,7 +1,5 @@
 """That both sides do the same work, and that the tables hold what their columns say. Nothing here is timed."""
 
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -9,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import run
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -393,7 +392,6 @@ def test_a_mistyped_option_leaves_with_2() -> None:
 
 
 def test_the_command_leaves_with_2_and_one_line() -> None:
-    command = [sys.executable, "-m", "diffusion.benchmark", "step", "--rounds", "0"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    process = run("diffusion.benchmark", "step", "--rounds", "0")
     assert process.returncode == 2
     assert process.stderr == "error: --rounds 0: give a whole number, 1 or more\n"

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import run
 from PIL import Image
 
 from common.data import Digits
@@ -215,10 +213,9 @@ def test_two_processes_sample_and_judge_as_one(generation: Callable, command: Ca
     assert generation("test", *options).code == 0
     one = results(tmp_path)
     assert generation("predict", *options, "--run_name", "b", "--model.predict.samples", "5").code == 0
-    argv = [sys.executable, "-m", "diffusion", "test", "--config", "runs/diffusion/b/config.yaml", "--run_name", "b",
-            *options, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(DIGITS.parents[2])}
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
+    words = ["test", "--config", "runs/diffusion/b/config.yaml", "--run_name", "b", *options, "--trainer.devices", "2",
+             "--trainer.accelerator", "cpu"]  # fmt: skip
+    done = run("diffusion", *words, cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "runs/diffusion/b/results.json").read_text())
     name = "samples/step18-ddim3-g1.5-s0"

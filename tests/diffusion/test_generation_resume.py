@@ -1,13 +1,12 @@
 """A diffusion Transformer trains the same weights continued, stopped and started again, and on two processes."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import run
 from small import SMALL
 
 from common.training.checkpoints import read
@@ -102,10 +101,10 @@ def test_a_continued_run_that_was_stopped_ends_bit_identical(
 def test_two_processes_train_as_one(fit: Callable, tmp_path: Path, batch_per_device: int) -> None:
     """Four micro-batches of 16 images on each, or half of the batch at once."""
     one = tensors(fit("one", 2))
-    argv = [sys.executable, "-m", "diffusion", "fit", "--config", DIGITS, "--runs", tmp_path / "runs", *SMALL, *OPTIONS,
-            *CONSTANT, "--run_name", "two", "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
-            "--trainer.devices", 2, "--data.batch_per_device", batch_per_device]  # fmt: skip
-    done = subprocess.run([str(word) for word in argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = ["fit", "--config", DIGITS, "--runs", tmp_path / "runs", *SMALL, *OPTIONS, *CONSTANT, "--run_name", "two",
+             "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu", "--trainer.devices", 2,
+             "--data.batch_per_device", batch_per_device]  # fmt: skip
+    done = run("diffusion", *words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert f"micro-batches per step     {64 // batch_per_device}" in done.stdout
     two = tensors(tmp_path / "runs/diffusion/two")

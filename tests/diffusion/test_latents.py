@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Command
 
 from common.data import Augment, Digits
 from common.data.loader import Draw
@@ -90,8 +89,8 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys: pytest
     assert kept.stat().st_mtime_ns == written and "train: 1,000 of 1,197 images" in capsys.readouterr().out
 
 
-# The real command on small shards; given a shard's file, it kills itself when it has written half of that.
-COMMAND = """
+# The command on small shards; given a shard's file, it kills itself when it has written half of that.
+DYING = """
 import io, os, signal, sys
 from diffusion import latents
 latents.SHARD, save, (half, *arguments) = 25, latents.np.save, sys.argv[1:]
@@ -108,10 +107,10 @@ latents.main(arguments)
 """
 
 
-def start(folder: Path, autoencoder: Path, half: str = "") -> subprocess.Popen:
+def start(folder: Path, autoencoder: Path, half: str = "") -> Command:
     arguments = [folder, "--config", DIGITS, "--data.autoencoder", autoencoder, *IMAGES, "--data.augment.flip", "0.5"]
-    argv = [sys.executable, "-c", COMMAND, half, *map(str, arguments)]
-    return subprocess.Popen(argv, cwd=DIGITS.parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (autoencoder.parent / "dying.py").write_text(DYING)
+    return Command("dying", half, *arguments, cwd=autoencoder.parent)
 
 
 def test_killed_at_any_moment_it_writes_the_same_files(tmp_path: Path, monkeypatch) -> None:
@@ -124,13 +123,12 @@ def test_killed_at_any_moment_it_writes_the_same_files(tmp_path: Path, monkeypat
     while not (folder / "train/00000.npy").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.0005)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
     done = len(list((folder / "train").glob("*.npy")))
     assert 1 <= done < 47
 
     process = start(folder, autoencoder, f"train/{done + 1:05d}.tmp")
-    said, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said
+    assert process.wait() == -signal.SIGKILL, process.stderr
     encode(folder, autoencoder, "--data.augment.flip", "0.5")
     files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == files

@@ -4,8 +4,6 @@ import contextlib
 import copy
 import io
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import scipy.linalg
 import torch
 import yaml
+from forked import run
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -503,9 +502,8 @@ def test_two_processes_train_as_one(kind, epochs, steps, rel, tmp_path, scalars)
     found = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        argv = [sys.executable, "-m", "diffusion", "fit", "--config", str(DIGITS), "--runs", str(folder / "runs"),
-                *options, "--trainer.devices", str(devices)]  # fmt: skip
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        words = ["fit", "--config", DIGITS, "--runs", folder / "runs", *options, "--trainer.devices", devices]
+        done = run("diffusion", *words, ranks=devices)
         assert done.returncode == 0, done.stderr
         found.append((tensors(last_of(folder)), scalars(run_of(folder))))
     (one, curves), (two, others) = found

@@ -7,21 +7,18 @@ in fp32: tests/diffusion/test_vqgan.py has it, for a few steps, and the adversar
 """
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from forked import run
 from recording import STOP, seen
 
 from common.training.checkpoints import read
 from common.training.requeue import STOPPED
 
-ROOT = Path(__file__).parents[2]
 VIT = ["--model.patch_size", "2", "--model.width", "16", "--model.depth", "2", "--model.heads", "2"]
 CLASSIFIER = [*VIT, "--model.drop_path", "0.2", "--model.mixup", "0.8", "--model.cutmix", "1.0",
               "--model.label_smoothing", "0.1", "--data.augment.flip", "0.5", "--data.augment.crop_scale",
@@ -62,17 +59,13 @@ CASES = {
 
 
 def fit(case: str, folder: Path, *more: object, devices: int = 1, stop: int | None = None) -> tuple[int, Path]:
-    """Trains in a process of its own, as far as `stop`; the exit code, and the run folder."""
+    """Trains in a process of its own on each device, as far as `stop`; the exit code, and the run folder."""
     config, options, epochs = CASES[case]
     study = config.split("/")[0]
-    words = [sys.executable, "-m", study, "fit", "--config", config, "--runs", folder, *COMMON, *options,
-             "--trainer.max_epochs", epochs, "--trainer.check_val_every_n_epoch", epochs // 2, "--trainer.devices",
-             devices, *more]  # fmt: skip
+    words = ["fit", "--config", config, "--runs", folder, *COMMON, *options, "--trainer.max_epochs", epochs,
+             "--trainer.check_val_every_n_epoch", epochs // 2, "--trainer.devices", devices, *more]  # fmt: skip
     words += ["--model.picture_epochs", "0"] * (study in ("mae", "diffusion") and case != "probe")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))}
-    environment |= {} if stop is None else {STOP: str(stop)}
-    done = subprocess.run([str(word) for word in words], env=environment, cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    done = run(study, *words, variables={} if stop is None else {STOP: str(stop)}, ranks=devices)
     assert done.returncode in (0, STOPPED), done.stderr
     return done.returncode, folder / study / "run"
 

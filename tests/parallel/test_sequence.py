@@ -4,7 +4,6 @@ import copy
 import os
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial, partialmethod
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forked import run
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -315,10 +315,8 @@ def alone(command: Callable, tmp_path: Path) -> Path:
 
 
 def test_twenty_steps_of_the_command_equal_those_of_one_process(alone, scalars, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "supervised", "fit", "--config", DIGITS, *RUN, "--run_name", "shared",
-             "--trainer.devices", "2", *SHARED]  # fmt: skip
-    done = subprocess.run([str(word) for word in words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    words = ["fit", "--config", DIGITS, *RUN, "--run_name", "shared", "--trainer.devices", "2", *SHARED]
+    done = run("supervised", *words, cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "micro-batch per device     32" in done.stdout
     assert_same_run(alone.with_name("shared"), alone, scalars)

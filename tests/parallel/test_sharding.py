@@ -1,8 +1,6 @@
 """Sharded training is that of one device, and a run changes its strategy when it goes on."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forked import Command
 from torch.distributed.device_mesh import init_device_mesh
 
 from common.model import VisionTransformer
 from common.parallel.sharding import shard
 
-ROOT = Path(__file__).parent.parent.parent
 # Mixup, dropped paths, an average, clipping, and two micro-batches on each of two devices.
 RECIPE = ["--config", "supervised/configs/digits.yaml", "--model.patch_size", "2", "--model.optim.ema", "0.9",
           "--model.mixup", "0.8", "--model.drop_path", "0.2", "--trainer.gradient_clip_val", "0.5",
@@ -26,16 +24,15 @@ COMMON = ["--model.optim.warmup_epochs", "1", "--trainer.max_epochs", "2", "--tr
 SHARDED = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
 
 
-def start(runs: Path, name: str, *more: str, study: str = "supervised", recipe: list[str] = RECIPE) -> subprocess.Popen:
-    words = [sys.executable, "-m", study, "fit", *recipe, *COMMON, "--runs", str(runs), "--run_name", name, *more]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(runs: Path, name: str, *more: str, study: str = "supervised", recipe: list[str] = RECIPE) -> Command:
+    words = ["fit", *recipe, *COMMON, "--runs", runs, "--run_name", name, *more]
+    return Command(study, *words, ranks=2 if "--trainer.devices" in more else 1)
 
 
 def finish(runs: Path, name: str, *more: str, study: str = "supervised", recipe: list[str] = RECIPE) -> dict:
     """The last checkpoint."""
     process = start(runs, name, *more, study=study, recipe=recipe)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
+    assert process.wait(timeout=900) == 0, process.stderr
     return torch.load(runs / study / name / "checkpoints" / "last.ckpt", weights_only=True)
 
 
@@ -88,8 +85,7 @@ def test_a_run_goes_on_with_another_strategy(tmp_path: Path, one: dict, first: l
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said
+    assert process.wait() == 75, process.stderr
     assert 5 <= torch.load(last, weights_only=True)["global_step"] < 36
     assert_alike(finish(tmp_path, "run", *then), one)
 
@@ -153,5 +149,5 @@ def test_each_device_holds_its_shard_alone(tmp_path: Path) -> None:
 def test_two_nets_that_play_are_refused(tmp_path: Path) -> None:
     recipe = ["--config", "diffusion/configs/autoencoder_digits.yaml"]
     process = start(tmp_path, "gan", *SHARDED, study="diffusion", recipe=recipe)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "trainer.strategy: fsdp2 shards one net, and AutoencoderTraining" in said
+    assert process.wait() == 2
+    assert "trainer.strategy: fsdp2 shards one net, and AutoencoderTraining" in process.stderr

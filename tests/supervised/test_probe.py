@@ -29,6 +29,7 @@ def test_it_is_torchs_batch_norm() -> None:
 
 
 def part(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # a fork must not use its parent's pool
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     norm = FeatureNorm(5)
@@ -38,7 +39,7 @@ def part(rank: int, folder: str) -> None:
 
 
 def test_two_processes_normalise_by_all_images(tmp_path: Path) -> None:
-    mp.spawn(part, (str(tmp_path),), nprocs=2)
+    mp.start_processes(part, (str(tmp_path),), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     [expected], norm = reference([FEATURES])
     torch.testing.assert_close(torch.cat([each["out"] for each in found]), expected, atol=1e-5, rtol=1e-5)

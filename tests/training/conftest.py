@@ -1,20 +1,15 @@
 """Trainings that are disturbed: from outside, in processes of their own, and from within, at a chosen step."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ROOT, Command
 from small import SMALL
 from tensorboard.summary.writer import event_file_writer
 
 from supervised import Classification
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -24,29 +19,14 @@ def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `python -m supervised SUBCOMMAND --config CONFIG ARGS`, as `command`, in a session of its own."""
-    started: list[subprocess.Popen] = []
+def start(tmp_path: Path) -> Callable[..., Command]:
+    """Starts `python -m supervised SUBCOMMAND --config CONFIG ARGS`, as `command`."""
 
-    def run(
-        subcommand: str, *args: object, front: list[str] | None = None, variables: dict[str, str] | None = None,
-        **options: Any
-    ) -> subprocess.Popen:
+    def run(subcommand: str, *args: object, module: str = "supervised", **options: Any) -> Command:
         config = ROOT / "supervised" / "configs" / "digits.yaml"
-        words = [*(front or [sys.executable, "-m", "supervised"]), subcommand, "--config", config, *SMALL, *args]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
-        process = subprocess.Popen([str(word) for word in words], cwd=tmp_path, env=environment, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options)
-        started.append(process)
-        return process
+        return Command(module, subcommand, "--config", config, *SMALL, *args, cwd=tmp_path, **options)
 
-    yield run
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.communicate()
+    return run
 
 
 @pytest.fixture

@@ -1,18 +1,18 @@
 """What tests do to a training in a process of its own, and how they judge what it leaves."""
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from forked import Command
 
 
-def until(process: subprocess.Popen, event: Callable[[], object], seconds: float = 120) -> None:
+def until(process: Command, event: Callable[[], object], seconds: float = 120) -> None:
     """Waits for an event in the life of a process."""
     deadline = time.monotonic() + seconds
     while not event():
-        assert process.poll() is None, f"over before it: {process.communicate()[0]}"
+        assert process.poll() is None, f"over before it: {process.stdout}{process.stderr}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
 

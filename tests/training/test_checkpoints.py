@@ -363,12 +363,12 @@ def test_a_full_disk(command: Callable, start: Callable, stopped: tuple[Path, Pa
     folder, undisturbed = stopped
     assert (folder / "last.ckpt").stat().st_size > 65536
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    process = start("fit", *RUN, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert output.splitlines()[-1] == (
+    process = start("fit", *RUN)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.splitlines()[-1] == (
         "failed: OSError: runs/supervised/run/checkpoints/last.ckpt could not be written ([Errno 27] File too large); "
-        "what was saved before is intact. Make room, and the same command goes on (--debug shows where)"), output
+        "what was saved before is intact. Make room, and the same command goes on (--debug shows where)")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert json.loads((folder.parent / "results.json").read_text())["status"] == "failed"
     assert not leftovers(folder.parent)

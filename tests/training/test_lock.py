@@ -71,7 +71,7 @@ def test_a_second_process_is_refused_and_a_killed_one_is_no_obstacle(
     assert not leftovers(folder.with_name("beside")) and content(folder) == before
 
     loaders = children(process.pid)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(loaders) >= 2 and all(Path(f"/proc/{pid}").exists() for pid in loaders)
     assert (folder / "lock").exists()
@@ -91,8 +91,7 @@ def test_a_first_ends_as_if_alone(command: Callable, start: Callable, folder: Pa
     outcomes = []
     while status(folder) == "running":
         outcomes.append(command("fit", *OFTEN))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.wait(timeout=60) == 0, process.stderr
     *refusals, _ = outcomes  # it may have finished before the last one looked
     assert refusals and all(said.code == 2 and f"process {process.pid} " in said.err for said in refusals)
 
@@ -108,7 +107,7 @@ class Taken:
 
     def wake(self) -> str:
         os.kill(self.process.pid, signal.SIGCONT)
-        return self.process.communicate(timeout=60)[0]
+        return "".join(self.process.communicate(timeout=60))
 
 
 # The old start's own event file is its own, and may grow until it notices.

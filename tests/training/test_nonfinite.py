@@ -90,8 +90,8 @@ def test_of_two_processes_one_is_bad(
 ) -> None:
     (tmp_path / "poison.py").write_text(POISON)
     process = start("fit", *RUN, "--trainer.callbacks+=poison.Poison", "--nonfinite", nonfinite, "--trainer.devices",
-                    "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "5")
-    output, _ = process.communicate(timeout=120)
+                    "2", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "5", ranks=2)
+    output = "".join(process.communicate(timeout=120))
     if nonfinite == "stop":
         assert process.returncode == 1 and "train/loss is not finite since step 7, and" in output, output
     else:

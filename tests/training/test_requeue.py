@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import ROOT
 from processes import assert_identical, children, leftovers, until, written
+from small import SMALL
 
 from common.training.checkpoints import read
 from common.training.requeue import Requeue, requeue
@@ -22,6 +24,7 @@ from supervised import Classification
 RUN = ["--run_name", "run", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1", "--model.optim.ema", "0.9",
        "--model.drop_path", "0.2", "--data.batch_per_device", "32", "--checkpoint.every_n_steps", "4",
        "--checkpoint.milestones", "[1]"]  # fmt: skip
+DIGITS = ROOT / "supervised" / "configs" / "digits.yaml"
 LONG = [*RUN, "--trainer.max_epochs", "25"]  # seconds
 TWO = ["--trainer.devices", "2", "--trainer.accelerator", "cpu"]
 EVERY_STEP = list(range(1, 28))
@@ -35,9 +38,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def run(start: Callable, *options: str) -> Path:
         if options not in made:
             runs = tmp_path_factory.mktemp("undisturbed")
-            process = start("fit", *options, "--runs", runs)  # ended already, where it is `command`
-            if isinstance(process, subprocess.Popen):
-                process.communicate(timeout=300)
+            start("fit", *options, "--runs", runs)
             made[options] = runs / "supervised" / "run"
             assert status(made[options]) == "finished"
         return made[options]
@@ -48,6 +49,18 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "supervised" / "run"
+
+
+@pytest.fixture
+def as_typed(tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    """Starts the command that `start` stands for, with nothing imported; further ranks are launched by Lightning."""
+
+    def run(*options: object, within: Sequence[str] = ()) -> subprocess.Popen:
+        words = [*within, sys.executable, "-m", "supervised", "fit", "--config", DIGITS, *SMALL, *options]
+        return subprocess.Popen([str(word) for word in words], cwd=tmp_path, text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    return run
 
 
 def status(folder: Path) -> str:
@@ -181,16 +194,15 @@ def test_a_signal_that_cannot_be_caught_is_refused(command: Callable, tmp_path: 
 
 
 def test_a_shell_does_not_go_on_and_loader_processes_are_no_obstacle(
-    command: Callable, start: Callable, reference: Callable, scalars: Callable, folder: Path
+    command: Callable, as_typed: Callable, reference: Callable, scalars: Callable, folder: Path
 ) -> None:
     """Slurm signals every process of a job: here a shell, that outlasts it, the training, and its two loaders."""
     lines = 'trap : TERM; "$@" && echo next; code=$?; exit $code'
-    shell = ["bash", "-c", lines, "-", sys.executable, "-m", "supervised"]
-    process = start("fit", *LONG, "--data.workers", "2", front=shell)
-    until(process, (folder / "checkpoints/last.ckpt").exists)
-    assert len(children(children(process.pid)[0])) >= 2
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    with as_typed(*LONG, "--data.workers", "2", within=["bash", "-c", lines, "-"]) as process:
+        until(process, (folder / "checkpoints/last.ckpt").exists)
+        assert len(children(children(process.pid)[0])) >= 2
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "next" not in output and "failed" not in output, output
     assert output.count("stopped after SIGTERM at step ") == 1
     step = int(output.split("stopped after SIGTERM at step ")[1].split(",")[0])
@@ -203,27 +215,28 @@ def test_a_shell_does_not_go_on_and_loader_processes_are_no_obstacle(
 
 
 def test_one_rank_that_is_signalled_is_enough(
-    start: Callable, reference: Callable, scalars: Callable, folder: Path
+    start: Callable, as_typed: Callable, reference: Callable, scalars: Callable, folder: Path
 ) -> None:
-    """The first in one start, the second in the next; and both ranks leave at the same step."""
+    """The first in one start, the second in the next; and both ranks leave at the same step.
+
+    Started as torchrun does; the undisturbed run by Lightning's own launcher.
+    """
     steps, last = [0], folder / "checkpoints/last.ckpt"
     for rank in (0, 1):
         before = written(last)
-        process = start("fit", *LONG, *TWO)
+        process = start("fit", *LONG, *TWO, ranks=2)
         until(process, lambda before=before: written(last) > before)
-        pid = children(process.pid)[0] if rank else process.pid
-        os.kill(pid, signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 75, output
+        os.kill(process.pids[rank], signal.SIGUSR1)
+        assert process.wait(timeout=60) == 75, process.stderr
+        output = process.stdout
         name = "a signal on another rank" if rank else "SIGUSR1"
         assert f"stopped after {name} at step " in output and output.count("stopped after") == 1, output
         steps.append(int(output.split(f"{name} at step ")[1].split(",")[0]))
         assert steps[-2] < read(last)["global_step"] == steps[-1] < 225
         assert status(folder) == "running" and not leftovers(folder)
-    process = start("fit", *LONG, *TWO)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    undisturbed = reference(start, *LONG, *TWO)
+    process = start("fit", *LONG, *TWO, ranks=2)
+    assert process.wait() == 0, process.stderr
+    undisturbed = reference(lambda _, *options: as_typed(*options).communicate(), *LONG, *TWO)
     assert_identical(undisturbed / "checkpoints", folder / "checkpoints")
     assert scalars(folder)["train/loss"] == scalars(undisturbed)["train/loss"]
 
@@ -239,7 +252,9 @@ def test_ranks_that_found_different_checkpoints_do_not_train(monkeypatch: pytest
         Requeue("SIGUSR1").on_train_start(trainer, None)
 
 
-def test_an_evaluation_that_is_ended_is_no_success(command: Callable, start: Callable, folder: Path) -> None:
+def test_an_evaluation_that_is_ended_is_no_success(
+    command: Callable, start: Callable, folder: Path, tmp_path: Path
+) -> None:
     """Nothing is caught there: what comes after it must not take it for done."""
     assert command("fit", *RUN).code == 0
     before = (folder / "results.json").read_bytes()
@@ -247,9 +262,9 @@ def test_an_evaluation_that_is_ended_is_no_success(command: Callable, start: Cal
                    "hook = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
                    "supervised.Classification.on_{}_batch_start = hook; main('supervised')")
     for subcommand, hook in (("test", "test"), ("validate", "validation")):
-        process = start(subcommand, *RUN, front=[sys.executable, "-c", interrupted.format(hook)])
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGTERM, output
+        (tmp_path / f"{subcommand}_interrupted.py").write_text(interrupted.format(hook))
+        process = start(subcommand, *RUN, module=f"{subcommand}_interrupted")
+        assert process.wait(timeout=60) == -signal.SIGTERM, process.stderr
         assert (folder / "results.json").read_bytes() == before
 
 
@@ -324,14 +339,16 @@ def test_the_run_tells_what_came_of_it(command: Callable, at: Callable, scontrol
 
 
 @pytest.mark.soak
-def test_the_other_rank_waits_while_the_first_asks(start: Callable, scontrol: Callable, folder: Path, tmp_path: Path):
+def test_the_other_rank_waits_while_the_first_asks(
+    as_typed: Callable, scontrol: Callable, folder: Path, tmp_path: Path
+) -> None:
     """Lightning's launcher looks every five seconds whether a rank has left, and kills the others."""
     calls = scontrol("RUNNING")
     (tmp_path / "bin/scontrol").write_text(SCONTROL.replace("else\n", "else\n    sleep 12\n"))
-    process = start("fit", *LONG, *TWO)
-    until(process, (folder / "checkpoints/last.ckpt").exists)
-    os.kill(process.pid, signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    with as_typed(*LONG, *TWO) as process:
+        until(process, (folder / "checkpoints/last.ckpt").exists)
+        os.kill(process.pid, signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "job 7 is requeued" in output, output
     assert calls() == ["show job 7", "requeue 7"]
 

@@ -4,16 +4,14 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import assert_identical, leftovers, tensors, written
+from forked import Command
+from processes import assert_identical, leftovers, tensors, until, written
 
 from common.training.checkpoints import read
 
@@ -43,22 +41,18 @@ COMMON = ["--run_name", "run", "--model.optim.ema", "0.9", "--model.optim.warmup
           "--data.batch_per_device", "32", "--checkpoint.every_n_steps", "2"]  # fmt: skip
 
 
-def start(runs: Path, *more: str, config: str = SUPERVISED, new_session: bool = False) -> subprocess.Popen:
-    study = config.split("/")[0]
-    options = ["--config", config, "--runs", str(runs), *COMMON, *COMMANDS[config], *more]
-    command = [sys.executable, "-m", study, "fit", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=new_session)
+def start(runs: Path, *more: str, config: str = SUPERVISED, ranks: int = 1) -> Command:
+    options = ["--config", config, "--runs", runs, *COMMON, *COMMANDS[config], *more]
+    return Command(config.split("/")[0], "fit", *options, ranks=ranks)
 
 
 def checkpoints_of(runs: Path, config: str) -> Path:
     return runs / config.split("/")[0] / "run" / "checkpoints"
 
 
-def finish(runs: Path, *more: str, config: str = SUPERVISED) -> Path:
-    process = start(runs, *more, config=config)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def finish(runs: Path, *more: str, config: str = SUPERVISED, ranks: int = 1) -> Path:
+    process = start(runs, *more, config=config, ranks=ranks)
+    assert process.wait() == 0, process.stderr
     return checkpoints_of(runs, config)
 
 
@@ -80,8 +74,7 @@ def kill_and_finish(runs: Path, seed: int, kills: int, workers: int, config: str
             time.sleep(0.0005)
         if not kill % 2:
             time.sleep(draw.uniform(0, 1.0))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
     return finish(runs, "--data.workers", str(workers), config=config)
 
 
@@ -137,35 +130,25 @@ def test_ten_kills(undisturbed: Path, tmp_path: Path, seed: int, workers: int) -
     assert_identical(undisturbed, kill_and_finish(tmp_path, seed, 5, workers))
 
 
-def killed_anyhow(process: subprocess.Popen, way: int) -> None:
-    """kill -9 of the first rank, of the second, or of all at once; the others end by themselves."""
-    if way == 2:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        rank = re.findall(r"\d+", Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-        os.kill(int(rank[0]) if way and rank else process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-
-
 @pytest.mark.soak
 def test_twenty_kills_of_two_processes(tmp_path: Path, scalars: Callable) -> None:
-    ranks = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "100",
-             "--trainer.log_every_n_steps", "1"]  # fmt: skip
-    whole = finish(tmp_path / "whole", *ranks)
+    """kill -9 of the first rank, of the second, or of both: what is left ends by itself."""
+    options = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "100",
+               "--trainer.log_every_n_steps", "1"]  # fmt: skip
+    whole = finish(tmp_path / "whole", *options, ranks=2)
     draw, runs = random.Random(4), tmp_path / "killed"
     last = checkpoints_of(runs, SUPERVISED) / "last.ckpt"
     for kill in range(20):
         watched = [last, *[last.with_name("last.ckpt.tmp")] * (kill % 2)]  # in the middle of writing, every other time
         before = max(map(written, watched))
-        process = start(runs, *ranks, new_session=True)
-        deadline = time.monotonic() + 120
-        while max(map(written, watched)) <= before:
-            assert process.poll() is None and time.monotonic() < deadline, f"over before kill {kill}"
-            time.sleep(0.0005)
+        process = start(runs, *options, ranks=2)
+        until(process, lambda watched=watched, before=before: max(map(written, watched)) > before)
         if not kill % 2:
             time.sleep(draw.uniform(0, 1.0))
-        killed_anyhow(process, kill % 3)
-    assert_identical(whole, finish(runs, *ranks))
+        for pid in process.pids if kill % 3 == 2 else [process.pids[kill % 3]]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=60)
+    assert_identical(whole, finish(runs, *options, ranks=2))
     folder = runs / "supervised" / "run"
     assert [step for step, _ in scalars(folder)["train/loss"]] == list(range(1, 901))
     assert len(list(folder.glob("events.*"))) == 21

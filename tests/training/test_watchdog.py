@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import children, until
+from forked import Command
+from processes import until
 
 from common.training import watchdog
 from common.training.checkpoints import read
@@ -84,9 +84,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs" / "supervised" / "run"
 
 
-def assert_ended(process: subprocess.Popen, folder: Path, seconds: str, step: int, saved: int) -> str:
+def assert_ended(process: Command, folder: Path, seconds: str, step: int, saved: int) -> str:
     """By itself, with a line and the code of a killed process; the stacks of the first rank."""
-    output, _ = process.communicate(timeout=120)
+    output = "".join(process.communicate(timeout=120))
     assert process.returncode == 134, output
     where = "runs/supervised/run/stacks/rank-0.txt"
     assert f"failed: rank 0 has had no batch for {seconds} s at step {step}, stacks -> {where}; " in output
@@ -112,7 +112,7 @@ def test_a_step_that_hangs(command: Callable, start: Callable, folder: Path) -> 
 def test_a_rank_that_hangs_and_one_that_waits_for_it(command: Callable, start: Callable, folder: Path) -> None:
     """Each writes its own, so that it shows which of them is at fault."""
     options = [*RUN, "--trainer.callbacks+=waiting.Waiting", "--trainer.callbacks.rank", "1", "--hang_timeout", "4"]
-    process = start("fit", *options, *TWO)
+    process = start("fit", *options, *TWO, ranks=2)
     waits = assert_ended(process, folder, "4", 12, 12)
     assert "in wait_for_ever" not in waits and re.search(WAITS_FOR_A_RANK, waits)
     assert "in wait_for_ever" in (folder / "stacks/rank-1.txt").read_text()
@@ -141,14 +141,14 @@ def test_a_validation_that_hangs(command: Callable, start: Callable, folder: Pat
 @pytest.mark.soak
 def test_a_rank_that_the_system_has_stopped(command: Callable, start: Callable, folder: Path) -> None:
     """The other one ends, with its stack; the stopped one can say nothing."""
-    process = start("fit", *RUN, "--trainer.max_epochs", "400", *TWO, "--hang_timeout", "4")
+    process = start("fit", *RUN, "--trainer.max_epochs", "400", *TWO, "--hang_timeout", "4", ranks=2)
     until(process, (folder / "checkpoints/previous.ckpt").exists)
-    child = children(process.pid)[0]
-    os.kill(child, signal.SIGSTOP)
-    assert process.wait(timeout=60) == 134
+    os.kill(process.pids[1], signal.SIGSTOP)
+    until(process, lambda: process.codes[0] is not None)
+    assert process.codes == [134, None]
     assert re.search(WAITS_FOR_A_RANK, (folder / "stacks/rank-0.txt").read_text())
-    os.kill(child, signal.SIGCONT)
-    process.communicate(timeout=60)  # which ends without the first
+    os.kill(process.pids[1], signal.SIGCONT)
+    process.wait(timeout=60)  # which ends without the first
 
 
 # No false alarm, nothing left

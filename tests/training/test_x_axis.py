@@ -1,11 +1,10 @@
 """What the x axis of TensorBoard's curves counts: optimiser steps, or images seen."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import ROOT, Command, run
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,15 +13,14 @@ from common.figure import _axis, draw, read_curves
 from common.runs import find_runs, group_runs, read_run
 
 # 3 epochs of 2 steps of 399 images; a picture after the second.
-OPTIONS = ["--config", "mae/configs/digits.yaml", "--model.width", "24", "--model.depth", "1", "--model.decoder_depth",
-           "1", "--data.batch_size", "399", "--data.batch_per_device", "133", "--model.optim.warmup_epochs", "1",
-           "--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1", "--model.picture_epochs", "2",
-           "--trainer.limit_train_batches", "2", "--trainer.max_epochs", "3"]  # fmt: skip
+OPTIONS = ["--config", ROOT / "mae/configs/digits.yaml", "--model.width", "24", "--model.depth", "1",
+           "--model.decoder_depth", "1", "--data.batch_size", "399", "--data.batch_per_device", "133",
+           "--model.optim.warmup_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps",
+           "1", "--model.picture_epochs", "2", "--trainer.limit_train_batches", "2", "--trainer.max_epochs", "3"]
 
 
-def fit(runs: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mae", "fit", *OPTIONS, "--runs", str(runs), "--run_name", "run", *more]
-    return subprocess.run(command, capture_output=True, text=True)
+def fit(runs: Path, *more: str, module: str = "mae") -> Command:
+    return run(module, "fit", *OPTIONS, "--runs", runs, "--run_name", "run", *more, cwd=runs)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +35,8 @@ def by_images(tmp_path_factory) -> Path:
             "    if trainer.global_step == 4: trainer.logger.experiment.flush(); os._exit(9)\n"
             "Curves._write = stopping\n"
             "from common.training.cli import main; sys.argv[0] = 'mae'; main('mae')")
-    killed = subprocess.run([sys.executable, "-c", code, "fit", *OPTIONS, "--runs", str(runs), "--run_name", "run",
-                             *stop], capture_output=True, text=True)  # fmt: skip
+    (runs / "stopping.py").write_text(code)
+    killed = fit(runs, *stop, module="stopping")
     assert killed.returncode == 9, killed.stderr
     again = fit(runs, *stop)
     assert again.returncode == 0, again.stderr
