@@ -38,9 +38,10 @@ def training_flops(model: VisionTransformer) -> int:
     return 3 * forward_flops(model)
 
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true"]  # Lightning's names
+Precision = Literal["64-true", "32-true", "bf16-mixed", "bf16-true"]  # Lightning's names
 
-BYTES = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}  # of the residual stream, and within a branch
+# Of a number of the residual stream, and of one within a branch.
+BYTES = {"64-true": (8, 8), "32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 
 
 def block_bytes(tokens: int, width: int, precision: Precision = "32-true", qk_norm: bool = False) -> int:

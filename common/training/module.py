@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from common.data.loader import GlobalBatchData, rescale_progress
 from common.device import device_memory
 from common.errors import InputError
-from common.model.flops import Precision, activation_bytes, forward_flops, training_flops
+from common.model.flops import BYTES, Precision, activation_bytes, forward_flops, training_flops
 from common.model.vit import VisionTransformer
 from common.randomness import seeded, uniform
 from common.training.compilation import compile_blocks
@@ -141,7 +141,7 @@ class Experiment(L.LightningModule):
     @property
     def precision(self) -> Precision:
         """The Trainer's, as the formulas of memory know it."""
-        return self.trainer.precision if self.trainer.precision in ("bf16-mixed", "bf16-true") else "32-true"
+        return self.trainer.precision if self.trainer.precision in BYTES else "32-true"
 
     def notes(self, net: nn.Module) -> dict[str, Any]:
         """Further lines of the effective recipe."""
@@ -154,7 +154,8 @@ class Experiment(L.LightningModule):
         """
         with torch.device("meta"):
             cost = self.cost(self.built(data))
-        weights = 22 * cost.parameters  # fp32: weights, gradients, two moments, an average; and a bf16 copy
+        # In fp32 weights, gradients, two moments, an average; and a bf16 copy. In fp64 the five alone.
+        weights = (40 if self.precision == "64-true" else 22) * cost.parameters
         room = 0.7 * device_memory(self.trainer.strategy.root_device) - weights
         share = getattr(self.trainer.strategy, "kept_share", 1)  # of an image's activations, where devices share it
         return max(int(room / (share * cost.activation_bytes)), 0)

@@ -59,20 +59,20 @@ def test_parameter_counts(size, counts):
         assert parameters(model) / 1e6 == pytest.approx(millions, abs=0.0051)
 
 
-def saved_bytes(model: VisionTransformer, batch: int, autocast: bool) -> int:
+def saved_bytes(model: VisionTransformer, batch: int, precision: str) -> int:
+    model = model.double() if precision == "64-true" else model
     images = torch.randn(batch, 3, *model.image_size)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         return kept_bytes(lambda: model(images), model.parameters())
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed"])
 def test_activation_bytes_equal_what_autograd_keeps(precision, qk_norm):
     options = {"image_size": 8, "patch_size": 1, "classes": 10, "width": 128, "heads": 2, "qk_norm": qk_norm}
-    autocast = precision == "bf16-mixed"
     # The difference of two depths leaves the blocks alone, without embedding and head.
     shallow, deep = VisionTransformer(depth=1, **options), VisionTransformer(depth=3, **options)
-    measured = saved_bytes(deep, 8, autocast) - saved_bytes(shallow, 8, autocast)
+    measured = saved_bytes(deep, 8, precision) - saved_bytes(shallow, 8, precision)
     formula = activation_bytes(deep, 8, precision) - activation_bytes(shallow, 8, precision)
     assert formula == pytest.approx(measured, rel=0.04)
 
