@@ -1,49 +1,29 @@
-"""Every config: what it resolves to, what its comment promises, and two steps at its full model and image size."""
+"""Every config: what it resolves to, and what its comment promises."""
 
-import json
-import math
 import re
 import shlex
-import shutil
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import archives
-import numpy as np
 import pytest
 import torch
-from forked import run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from shipped import CONFIGS, ROOT, study_of
 
-from common.device import has_bf16
 from common.identity import flatten
 from common.model import VisionTransformer
 from common.model.flops import forward_flops
-from common.paper.exhibits import Start, read_exhibits
-from common.training.checkpoints import read
 from common.training.cli import StudyCLI, run_folder
 from diffusion import DiT
-from diffusion.autoencoder import Autoencoder
 from diffusion.cost import forward_flops as denoising_flops
 from mae import MaskedAutoencoder
 from mae.cost import forward_flops as masked_forward_flops
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = {f"{study}/{path.stem}": path for study in ("supervised", "mae", "diffusion", "locality_ablation")
-           for path in sorted((ROOT / study / "configs").glob("*.yaml"))
-           if not path.stem.startswith("autoencoder_")}  # fmt: skip
 DOWNSTREAM = re.compile("_(finetune|probe)$")  # the ends of the names of those that start from a pre-training
 STARTED = (*filter(DOWNSTREAM.search, CONFIGS), "diffusion/imagenet256_recovery")  # from trained weights
 PAPER = ("supervised/cifar100", "supervised/imagenet28", "supervised/imagenet64", "supervised/imagenet224",
          "supervised/flowers102", "supervised/nyu_depth", "mae/cifar100", "mae/cifar100_finetune",
          "diffusion/imagenet256", "locality_ablation/imagenet28", "locality_ablation/imagenet224")  # fmt: skip
-
-
-def study_of(name: str) -> str:
-    return name.partition("/")[0]
 
 
 @cache
@@ -325,256 +305,3 @@ def test_the_hours_of_sampling_are_the_formula_s(name: str, patch: int, said: st
     number = re.search(r"([\d.]+) h", said).group(1)
     hours = dit_flops(config) * forwards / 790e12 / 3600
     assert float(number) == pytest.approx(hours, abs=0.5 * 0.1 ** len(number.partition(".")[2]))
-
-
-# Two steps at the full model and image size
-
-TWO_STEPS = [
-    "--data.batch_size", "2", "--data.eval_batch_size", "2", "--data.workers", "0", "--trainer.max_epochs", "1",
-    "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "1",
-    "--model.optim.warmup_epochs", "0",
-    *([] if has_bf16() else ["--trainer.precision", "32-true"]),  # an imitated bf16 makes minutes of seconds
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All data sets in their official layout, with four training images and two or more others."""
-    root = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (7, 3072), dtype=np.uint8)
-    archives.cifar10(root, images, range(7), test=2)
-    archives.cifar100(root, images, [3] * 7, range(93, 100))
-    archives.flowers102(root, range(95, 103), train=[1, 2, 3, 4], val=[5, 6], test=[7, 8], size=(60, 45))
-    archives.imagenet(root, ["n01440764", "n03995372"], size=(300, 240))
-    for split in ("train", "val"):
-        for i in range(4):
-            archives.noise(root / "images" / split / "ab"[i % 2] / f"{i}.png", (50, 40), i)
-    frames = np.broadcast_to(generator.integers(0, 256, (480, 640, 3, 1), dtype=np.uint8), (480, 640, 3, 6))
-    depths = np.ones((480, 640, 6), np.float32) * np.linspace(1, 6, 6, dtype=np.float32)
-    archives.nyu_depth_v2(root, frames, depths, train=[1, 2, 3, 4], test=[5, 6])
-    return root
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Path]:
-    """A folder of runs whose checkpoints, up to 5 GB each, do not outlive the test."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
-def arm(name: str, tokens: int, *overrides: str, soak: bool = False) -> Any:
-    mark = [pytest.mark.soak] if soak else []  # more than about 20 s of one core
-    return pytest.param(name, tokens, overrides, marks=mark, id=" ".join((name, *overrides[1::2])))
-
-
-TIMED = ("train/images_per_second", "train/data_wait")
-
-
-def assert_two_steps(folder: Path, tokens: int) -> None:
-    results = json.loads((folder / "results.json").read_text())
-    assert (results["status"], results["step"], results["images_seen"]) == ("finished", 2, 4)
-    assert results["recipe"]["tokens"] == tokens
-    assert math.isfinite(results["metrics"][results["headline"]])
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read(folder / "checkpoints" / "last.ckpt")["state_dict"]
-
-
-@pytest.mark.parametrize("name, tokens, overrides", [
-    arm("supervised/digits", 64),
-    arm("supervised/shapes", 64, "--data.source.train", "8"),
-    arm("supervised/rooms", 432, "--data.source.train", "4", "--data.source.val", "2"),
-    arm("supervised/image_folder", 1024, "--data.source.path", "images"),
-    arm("supervised/cifar10", 1024),
-    arm("mae/cifar100", 1024, "--model.decoder_width", "512", "--model.decoder_heads", "16"),
-    arm("mae/cifar100", 1024, "--model.size", "small"),
-    arm("mae/imagenet28", 784, "--model.size", "tiny"),
-    arm("diffusion/digits", 64, "--data.autoencoder", "null", "--data.image_size", "8"),
-    arm("diffusion/shapes", 64, "--data.autoencoder", "null", "--data.image_size", "8", "--data.source.train", "8"),
-    arm("diffusion/cifar10", 1024, "--model.picture_epochs", "0"),  # whose samples would take minutes
-    arm("locality_ablation/digits", 64, "--model.permutation.share", "1"),
-    arm("locality_ablation/shapes", 16, "--data.source.train", "8", "--model.permutation.delta", "2",
-        "--model.permutation.swaps", "100"),
-    arm("locality_ablation/shapes", 16, "--data.source.train", "8", "--model.position", "none"),
-    arm("locality_ablation/cifar10", 1024, "--model", "locality_ablation.DictionaryClassification"),
-    arm("locality_ablation/imagenet28", 784, "--model", "locality_ablation.DictionaryClassification",
-        "--model.size", "tiny"),
-])  # fmt: skip
-def test_it_trains_two_steps(name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path,
-                             command: Callable) -> None:  # fmt: skip
-    (runs / "images").symlink_to(root / "images")  # the working directory
-    options = ["--run_name", "a", "--data.root", root, *TWO_STEPS, *overrides]
-    outcome = command("fit", *options, config=CONFIGS[name], small=False, study=study_of(name))
-    assert outcome.code == 0, outcome.err
-    assert_two_steps(runs / "runs" / study_of(name) / "a", tokens)
-
-
-@pytest.mark.parametrize("name, tokens, overrides", [
-    arm("mae/digits", 64),
-    arm("mae/shapes", 64, "--data.source.train", "8"),
-    arm("mae/image_folder", 1024, "--data.source.path", "images"),
-    arm("mae/cifar10", 1024),
-    arm("mae/cifar100", 1024),
-    arm("mae/imagenet28", 784, soak=True),
-    arm("mae/imagenet224", 196, soak=True),
-])  # fmt: skip
-def test_fine_tuning_and_probing_go_on_from_its_two_steps(
-    name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path, command: Callable
-) -> None:
-    (runs / "images").symlink_to(root / "images")  # the working directory
-    folders = [runs / "runs" / "mae" / run for run in ("trained", "tuned", "probed")]
-    for folder, end in zip(folders, ("", "_finetune", "_probe"), strict=True):
-        start = ["--init_from", folders[0]] if end else []
-        options = ["--run_name", folder.name, "--data.root", root, *TWO_STEPS, *overrides, *start]
-        outcome = command("fit", *options, config=CONFIGS[name + end], small=False, study="mae")
-        assert outcome.code == 0, outcome.err
-        assert_two_steps(folder, tokens)
-    trained, tuned, probed = map(weights, folders)
-    encoder = [key for key in trained if not key.startswith(("net.decoder", "net.mask_token"))]
-    assert all(torch.equal(trained[key], probed[key]) for key in encoder)
-    matrices = [key for key in encoder if trained[key].ndim > 1]
-    alike = [torch.cosine_similarity(trained[key].flatten(), tuned[key].flatten(), dim=0) for key in matrices]
-    assert min(alike) > 0.5 and not any(torch.equal(trained[key], tuned[key]) for key in matrices)
-
-
-@pytest.mark.parametrize("name, tokens, overrides", [
-    arm("supervised/cifar100", 1024),
-    arm("supervised/cifar100", 1024, "--model.size", "small"),
-    arm("supervised/flowers102", 1024),
-    arm("supervised/imagenet28", 784, "--model.size", "tiny"),
-    arm("supervised/imagenet28", 784, soak=True),
-    arm("supervised/imagenet28", 784, "--model.size", "large", soak=True),
-    arm("supervised/imagenet64", 16, "--model.patch_size", "16"),
-    arm("supervised/imagenet64", 4096, soak=True),
-    arm("supervised/imagenet224", 196),
-    arm("supervised/imagenet224", 196, "--data.image_size", "14", "--model.patch_size", "1"),
-    arm("locality_ablation/imagenet28", 196, "--model.patch_size", "2", "--data.augment.interpolation", "nearest",
-        "--data.eval_interpolation", "nearest"),
-    arm("locality_ablation/imagenet28", 784, "--model", "locality_ablation.DictionaryClassification", soak=True),
-    arm("locality_ablation/imagenet224", 196, "--model.permutation.swaps", "25000"),
-    *(arm("locality_ablation/imagenet224", 225, "--model", "locality_ablation.SegmentClassification",
-          "--data", "locality_ablation.SegmentedImages", "--data.segmentation", f"locality_ablation.{cut}")
-      for cut in ("Slic", "Felzenszwalb")),
-    arm("supervised/nyu_depth", 768, "--model.patch_size", "2"),
-    arm("supervised/nyu_depth", 3072, soak=True),
-    arm("diffusion/imagenet256", 256, "--model.patch_size", "2", "--data.autoencoder", "AUTOENCODER", soak=True),
-    arm("diffusion/imagenet256", 1024, "--data.autoencoder", "AUTOENCODER", soak=True),
-])  # fmt: skip
-def test_it_trains_two_steps_within_24_gb(
-    name: str, tokens: int, overrides: tuple[str, ...], root: Path, runs: Path
-) -> None:
-    places = ["--config", CONFIGS[name], "--runs", runs, "--run_name", "a", "--data.root", root]
-    if "AUTOENCODER" in overrides:  # VQ f8 at its full size, with random weights
-        net = Autoencoder()
-        torch.save({"autoencoder": net.config, "state_dict": net.state_dict()}, runs / "vq-f8.ckpt")
-        overrides = [str(runs / "vq-f8.ckpt") if option == "AUTOENCODER" else option for option in overrides]
-        overrides += ["--model.picture_epochs", "0"]
-    done = run(study_of(name), "fit", *places, *TWO_STEPS, *overrides)
-    assert done.returncode == 0, done.stderr
-    assert done.peak < 24e9
-    assert_two_steps(runs / study_of(name) / "a", tokens)
-
-
-# Every arm of every table and figure
-
-ARMS = {start.identity: (f"{exhibit.id} {scale.name} {start.arm.name}", start) for exhibit in read_exhibits().values()
-        for scale in exhibit.scales.values() for start in scale.starts(1)}
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("start", [pytest.param(start, id=name) for name, start in ARMS.values()])
-def test_every_arm_trains_two_steps(start: Start, root: Path, runs: Path, command: Callable) -> None:
-    """With all that it overrides, after the arms that it starts from; but of one narrow block."""
-
-    trained: dict[tuple, Path] = {}
-    net, autoencoder = Autoencoder(base=32, codebook_size=64), runs / "vq-f8.ckpt"  # in place of the published one
-    torch.save({"autoencoder": net.config, "state_dict": net.state_dict()}, autoencoder)
-
-    def train(start: Start) -> Path:
-        if start.identity in trained:
-            return trained[start.identity]
-        config, overrides = ROOT / start.arm.config, dict(start.arm.overrides)
-        overrides |= {option: train(source) for option, source in start.sources.items()}
-        folder = runs / "runs" / start.arm.study / f"{config.stem}-{len(list(runs.glob('runs/*/*')))}"
-        small = ["--trainer.max_epochs", "2" if "continue_from" in overrides else "1"]
-        if not config.stem.startswith("autoencoder"):
-            small += ["--model.depth", "1", "--model.width", "48", "--model.heads", "3"]
-        if folder.parent.name == "mae" and "_" not in config.stem:
-            small += ["--model.decoder_depth", "1", "--model.decoder_width", "48", "--model.decoder_heads", "3"]
-        if config.stem in ("shapes", "autoencoder_shapes", "rooms"):
-            small += ["--data.source.train", "16"]
-        if start.arm.study == "diffusion":
-            small += ["--model.picture_epochs", "0"]
-        if config.stem == "imagenet256":
-            small += ["--data.autoencoder", autoencoder]
-        given = [word for key, value in overrides.items()
-                 for word in (f"--{key}", value if isinstance(value, str | Path) else json.dumps(value))]
-        options = ["--run_name", folder.name, "--data.root", root, *given, *TWO_STEPS, *small]
-        outcome = command("fit", *options, config=config, small=False, study=start.arm.study)
-        assert outcome.code == 0, outcome.err
-        return trained.setdefault(start.identity, folder)
-
-    results = json.loads((train(start) / "results.json").read_text())
-    steps = 4 if "continue_from" in start.sources else 2
-    assert (results["status"], results["step"]) == ("finished", steps)
-
-
-# config.yaml replays the run, and TensorBoard's file holds it
-
-RANDOM = [  # everything that draws random numbers or has a state
-    "--model.optim.ema", "0.9", "--data.batch_per_device", "16", "--data.batch_size", "32", "--seed_everything", "3",
-    "--data.augment.crop_scale", "[0.3,1.0]", "--data.augment.flip", "0.5",
-]  # fmt: skip
-LABELLED = [
-    "--model.drop_path", "0.2", "--model.mixup", "0.8", "--model.cutmix", "1.0", "--model.label_smoothing", "0.1",
-]  # fmt: skip
-COLOUR = [
-    "--data.source.train", "96", "--trainer.limit_val_batches", "1", "--data.augment.jitter", "[0.4,0.4,0.4,0.1]",
-    "--data.augment.grayscale", "0.2", "--data.augment.rand_augment", "rand-m9-mstd0.5-inc1",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, more", [
-    ("supervised/digits", LABELLED), ("supervised/shapes", LABELLED + COLOUR), ("mae/digits", []),
-])  # fmt: skip
-def test_the_saved_config_replays_the_run(name: str, more: list[str], command: Callable, tmp_path: Path) -> None:
-    study = study_of(name)
-    folders = [tmp_path / "runs" / study / run for run in ("first", "replay")]
-    assert command("fit", "--run_name", "first", *RANDOM, *more, config=CONFIGS[name], study=study).code == 0
-    saved = folders[0] / "config.yaml"
-    assert command("fit", "--run_name", "replay", config=saved, small=False, study=study).code == 0
-    first, replay = (read(folder / "checkpoints" / "last.ckpt") for folder in folders)
-    for part in (lambda c: c["state_dict"], lambda c: c["ema"]["state_dict"]):
-        assert part(first).keys() == part(replay).keys()
-        assert all(torch.equal(value, part(replay)[key]) for key, value in part(first).items())
-    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
-    scores = [{tag: value for tag, value in result["metrics"].items() if tag not in TIMED}
-              for result in results]  # fmt: skip
-    assert scores[0] == scores[1] and results[0]["headline"].replace("val/", "val_raw/") in scores[0]
-
-
-def test_the_event_file_of_rooms_holds_curves_hparams_and_pictures(command: Callable, tmp_path: Path) -> None:
-    rooms = ["--run_name", "a", "--data.source.train", "48", "--data.source.val", "4", "--data.source.test", "4",
-             "--trainer.log_every_n_steps", "1", "--model.patch_size", "6", "--model.picture_epochs", "1"]  # fmt: skip
-    assert command("fit", *rooms, config=CONFIGS["supervised/rooms"]).code == 0
-    assert command("test", *rooms, config=CONFIGS["supervised/rooms"]).code == 0
-    folder = tmp_path / "runs" / "supervised" / "a"
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    measured = {tag: [e.step for e in events.Scalars(tag) if not math.isnan(e.value)]
-                for tag in events.Tags()["scalars"]}  # HPARAMS writes a NaN of each headline
-    for tag in ("train/loss", "train/lr", "train/images_per_second", "train/data_wait"):
-        assert measured[tag] == [1, 2, 3, 4, 5, 6]
-    for tag in ("val/rmse", "val/rae", "val/rmse_low", "val/delta1"):
-        assert measured[tag] == [3, 6]
-    assert measured["test/rmse"] == measured["test/rae"] == [6] and measured["val/acc1"] == []
-    assert events.Tags()["images"] == ["val/depth"]
-    pictures = events.Images("val/depth")
-    assert [picture.step for picture in pictures] == [3, 6]
-    assert all(picture.width > picture.height > 300 and picture.encoded_image_string[1:4] == b"PNG"
-               for picture in pictures)  # fmt: skip
-    parts = [HParamsPluginData.FromString(content) for content in events.PluginTagToContent("hparams").values()]
-    values = {key: value for part in parts for key, value in part.session_start_info.hparams.items()}
-    assert (values["dataset"].string_value, values["patch_size"].number_value) == ("rooms", 6)
