@@ -105,6 +105,7 @@ def _end(ranks: list[CONTEXT.Process]) -> None:
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
+        rank.kill()  # where it has had no time to make its session
         rank.join()
 
 
