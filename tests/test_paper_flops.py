@@ -1,6 +1,6 @@
 """The formulas' FLOPs of every net of the paper, at its full size, against torch's own counter; on the meta device.
 
-The autoencoder has no formula: its cost is counted, and tests/diffusion/test_vqgan.py compares that with a real step.
+The autoencoder has no formula: its cost is counted, and compared with a real step in tests/diffusion/test_objective.py.
 """
 
 import contextlib
