@@ -18,10 +18,10 @@ demo: setup  ## train ViT/1 and ViT/2 on handwritten digits, intact and shuffled
 	$(RUN) -m common.paper run shuffle --scale demo
 	@echo "curves: $(RUN) -m tensorboard.main --logdir runs"
 
-test: setup lint  ## run the test suite (at most 20 minutes on 2 cores)
+test: setup lint  ## run the test suite (35 minutes on 2 slow cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not soak"
 
-soak: setup  ## run the long fault tests, some take most of 24 GB (MIN)
+soak: setup  ## run the long fault tests, some take most of 24 GB (35 minutes on 2 slow cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m soak
 
 GPU_CONFIGS = $(addprefix supervised/configs/,cifar100 imagenet28 imagenet64 nyu_depth) mae/configs/cifar100 \

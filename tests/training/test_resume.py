@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -115,7 +116,9 @@ def test_a_killed_loader_process_ends_the_run_and_costs_no_step(
         f"DataLoader worker (pid(s) {killed[0].pid}) exited unexpectedly" in outcome.err.splitlines()[-1]), outcome
     folder = tmp_path / "runs/supervised/run"
     results = json.loads((folder / "results.json").read_text())
-    assert results["status"] == "failed" and "DataLoader worker" in results["error"]
+    # Or first that the pipe from it is gone, where it died while it sent a batch.
+    assert results["status"] == "failed" and re.match("RuntimeError: DataLoader worker|ConnectionResetError",
+                                                      results["error"])  # fmt: skip
     assert 12 <= read(folder / "checkpoints/last.ckpt")["global_step"] <= 26 and not leftovers(folder)
 
     assert command("fit", *options, "--data.workers", "1").code == 0
