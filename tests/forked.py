@@ -34,9 +34,9 @@ class Command:
         self._texts = [tempfile.NamedTemporaryFile("r", prefix="said-") for _ in ("stdout", "stderr")]
         self._peak = tempfile.NamedTemporaryFile("r", prefix="peak-")
         self._ranks = []
+        files = [file.name for file in (*self._texts, self._peak)]
         for place in _meeting(ranks) if ranks > 1 else [{}]:
             environment = {**os.environ, **(variables or {}), **place}
-            files = [file.name for file in (*self._texts, self._peak)]
             self._ranks.append(CONTEXT.Process(target=_run, args=(self.args, str(cwd), environment, *files)))
             self._ranks[-1].start()
         self.pids = [rank.pid for rank in self._ranks]

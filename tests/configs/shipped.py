@@ -1,8 +1,7 @@
 """The configs that train, by STUDY/NAME."""
 
-from pathlib import Path
+from forked import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {f"{study}/{path.stem}": path for study in ("supervised", "mae", "diffusion", "locality_ablation")
            for path in sorted((ROOT / study / "configs").glob("*.yaml"))
            if not path.stem.startswith("autoencoder_")}  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shipped import ROOT
+from forked import ROOT
 from small import TWO_STEPS
 
 from common.paper.exhibits import Start, read_exhibits

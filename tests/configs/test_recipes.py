@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from shipped import CONFIGS, ROOT, study_of
+from forked import ROOT
+from shipped import CONFIGS, study_of
 
 from common.identity import flatten
 from common.model import VisionTransformer

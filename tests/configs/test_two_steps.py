@@ -111,6 +111,7 @@ def test_fine_tuning_and_probing_go_on_from_its_two_steps(
       for cut in ("Slic", "Felzenszwalb")),
     arm("supervised/nyu_depth", 768, "--model.patch_size", "2"),
     arm("supervised/nyu_depth", 3072, soak=True),
+    arm("diffusion/imagenet256", 256, "--model.patch_size", "2", "--data.autoencoder", "AUTOENCODER", soak=True),
     arm("diffusion/imagenet256", 1024, "--data.autoencoder", "AUTOENCODER", soak=True),
 ])  # fmt: skip
 def test_it_trains_two_steps_within_24_gb(

@@ -1,9 +1,9 @@
 """The configs of autoencoders: what they resolve to, and what their comments promise."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ROOT
 
 from common.identity import flatten
 from common.training.cli import StudyCLI
@@ -12,8 +12,8 @@ from diffusion.discriminator import PatchDiscriminator
 from diffusion.objective import Adversary, Objective, Players, step_cost
 from diffusion.perceptual import LPIPS
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "diffusion" / "configs").glob("autoencoder_*.yaml"))}
+
 
 def resolved(name: str, *overrides: str) -> dict[str, Any]:
     return flatten(StudyCLI("diffusion", ["fit", "--config", str(CONFIGS[name]), *overrides], run=False).resolved)

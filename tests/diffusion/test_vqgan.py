@@ -12,7 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 import yaml
-from forked import run
+from forked import ROOT, run
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import Tensor, nn
@@ -29,11 +29,8 @@ from diffusion.features import load_classifier
 from diffusion.perceptual import VGG16
 from diffusion.vqgan import AutoencoderTraining
 
-ROOT = Path(__file__).parent.parent.parent
-CONFIGS = {path.stem: path for path in sorted((ROOT / "diffusion" / "configs").glob("autoencoder_*.yaml"))}
-DIGITS = CONFIGS["autoencoder_digits"]
-NET = {"channels": 2, "codebook_size": 16, "base": 8, "groups": 4, "multipliers": (1, 2), "res_blocks": 1,
-       "attention": "none"}  # fmt: skip
+CONFIGS = ROOT / "diffusion" / "configs"
+DIGITS = CONFIGS / "autoencoder_digits.yaml"
 TINY = ["--model.base", "8", "--model.groups", "4", "--model.channels", "2", "--data.batch_size", "16",
         "--data.eval_batch_size", "50", "--model.adversary.start", "8", "--model.adversary.warmup", "3",
         "--model.optim.ema", "0.9", "--model.optim.lr", "0.001", "--trainer.max_epochs", "2",
@@ -341,7 +338,7 @@ def test_mistakes_are_named(arguments, message, tmp_path):
 def test_lpips_refuses_images_that_its_pools_would_use_up(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / VGG16).touch()
-    module = AutoencoderTraining(Recipe(lr=1e-3), **{**NET, "multipliers": (1, 2)})
+    module = AutoencoderTraining(Recipe(lr=1e-3), base=8, groups=4, multipliers=(1, 2))
     data = SimpleNamespace(mean=(0.5,), std=(0.5,), channels=1, image_size=(16, 14), root=tmp_path)
     with pytest.raises(InputError, match="model.perceptual: lpips needs images of 16x16 pixels at least, not 16x14"):
         module.build(data)
@@ -349,7 +346,7 @@ def test_lpips_refuses_images_that_its_pools_would_use_up(tmp_path):
 
 def test_the_paper_s_trains_with_lpips_and_is_refused_without(tmp_path):
     """In bf16-mixed, at a quarter of the image's side and of the width."""
-    config = CONFIGS["autoencoder_imagenet256"]
+    config = CONFIGS / "autoencoder_imagenet256.yaml"
     for split in ("train", "val"):
         for i in range(4):
             place = tmp_path / "data" / "imagenet" / split / f"n0{i % 2}" / f"{i}.JPEG"

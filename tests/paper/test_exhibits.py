@@ -1,6 +1,5 @@
 """paper.yaml: the arms and commands that it stands for, and what is wrong with one."""
 
-
 import pytest
 from stand_in import CHAIN
 

@@ -15,8 +15,6 @@ from common.paper.listing import _states, show
 from common.paper.running import Pace, run, run_all
 from common.paper.state import state
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_run_trains_each_arm_once_and_compares(study, capfd):
     study = study()["X1"]
@@ -207,8 +205,8 @@ def test_a_real_run_is_found_again(exhibits, tmp_path, monkeypatch, capfd):
 
     A second run starts from the first one's weights, and its log of what was loaded says so.
     """
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    shutil.copy(ROOT / "supervised" / "configs" / "digits.yaml", tmp_path / "supervised" / "configs")
+    monkeypatch.setenv("PYTHONPATH", str(forked.ROOT))
+    shutil.copy(forked.ROOT / "supervised" / "configs" / "digits.yaml", tmp_path / "supervised" / "configs")
     short = {"trainer.max_epochs": 1, "model.optim.warmup_epochs": 0, "model.depth": 1, "model.patch_size": 4}
     arms = {"short": short, "on": {"runs": {"init_from": "short"}, **short}}
     scale = exhibits(scales={"demo": {"config": "digits", "arms": arms}})["X1"].scale("demo")

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from forked import ROOT
 
 from common.paper.exhibits import read_exhibits
 from common.paper.listing import show
 
-ROOT = Path(__file__).parents[2]
 GENERATED_IDS = ("T1", "T2")
 IDS = ("T3a", "T3b", "T3c", "T3d", "F2a", "F2b", "F9", "F6", "F7", "F8", "App-D")
 MAE_IDS = ("T4a", "T4b")

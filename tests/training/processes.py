@@ -14,7 +14,7 @@ def until(process: Command, event: Callable[[], object], seconds: float = 120) -
     while not event():
         assert process.poll() is None, f"over before it: {process.stdout}{process.stderr}"
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.0005)  # a checkpoint is written in some milliseconds
 
 
 def written(path: Path) -> int:

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -108,6 +107,7 @@ def test_a_killed_loader_process_ends_the_run_and_costs_no_step(
         if module.trainer.global_step == 13 and not killed:
             killed.append(multiprocessing.active_children()[0])
             killed[0].kill()
+            killed[0].join()  # while it dies, its pipe may break before torch can tell that it is dead
 
     at("on_train_batch_start", kill)
     outcome = command("fit", *options, "--data.workers", "2")
@@ -116,9 +116,7 @@ def test_a_killed_loader_process_ends_the_run_and_costs_no_step(
         f"DataLoader worker (pid(s) {killed[0].pid}) exited unexpectedly" in outcome.err.splitlines()[-1]), outcome
     folder = tmp_path / "runs/supervised/run"
     results = json.loads((folder / "results.json").read_text())
-    # Or first that the pipe from it is gone, where it died while it sent a batch.
-    assert results["status"] == "failed" and re.match("RuntimeError: DataLoader worker|ConnectionResetError",
-                                                      results["error"])  # fmt: skip
+    assert results["status"] == "failed" and "DataLoader worker" in results["error"]
     assert 12 <= read(folder / "checkpoints/last.ckpt")["global_step"] <= 26 and not leftovers(folder)
 
     assert command("fit", *options, "--data.workers", "1").code == 0
