@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -231,6 +232,20 @@ def _micro_batch(batch: int, most: int) -> int | None:
 def _outlast_sigterm(_: int) -> None:
     # Slurm signals every process of a job; the main one goes on to the end of its step. Workers end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_loaders() -> None:
+    """Ends the loader processes that a failed command has left, for instance since one of them was killed.
+
+    At exit Python asks them to end with SIGTERM, which they outlast, and would wait for them for ever.
+    """
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for a process that is killed
+        for process in left:
+            process.kill()
+            process.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:

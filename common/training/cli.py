@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.command import run_command
-from common.data.loader import GlobalBatchData
+from common.data.loader import GlobalBatchData, end_loaders
 from common.errors import InputError
 from common.identity import flatten
 from common.parallel import strategies
@@ -80,6 +80,8 @@ class StudyCLI(LightningCLI):
         self.given = sys.argv[1:] if args is None else args
         self.closing = contextlib.ExitStack()  # what the command holds while it runs
         with self.closing:
+            if run:
+                self.closing.callback(end_loaders)
             self._run()
 
     def _run(self) -> None:

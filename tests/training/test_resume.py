@@ -114,6 +114,7 @@ def test_a_killed_loader_process_ends_the_run_and_costs_no_step(
     assert outcome.code == 1
     assert f"DataLoader worker (pid {killed[0].pid}) is killed by signal: Killed" in outcome.err.splitlines()[-1] or (
         f"DataLoader worker (pid(s) {killed[0].pid}) exited unexpectedly" in outcome.err.splitlines()[-1]), outcome
+    assert not [process for process in multiprocessing.active_children() if process.daemon]  # the other loader
     folder = tmp_path / "runs/supervised/run"
     results = json.loads((folder / "results.json").read_text())
     assert results["status"] == "failed" and "DataLoader worker" in results["error"]
