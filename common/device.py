@@ -1,4 +1,4 @@
-"""What a device can do: its memory, and its peak."""
+"""Which device computes, and what it can do: its memory, and its peak."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import torch
 
 # Dense bf16 tensor-core peaks by the makers' data sheets.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def accelerator(asked: str) -> str:
+    """Lightning's name of it, where `auto` is a CUDA GPU if there is one, else the CPU.
+
+    Lightning's own `auto` would take Apple's GPU too, which has no float64.
+    """
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def peak_flops(name: str) -> float | None:

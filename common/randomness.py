@@ -2,7 +2,7 @@
 
 A stream name and integer keys (seed, epoch, dataset index, optimiser step, place in the global batch) determine every
 draw; the order of calls, the rank and the worker do not. So a run can stop anywhere and go on elsewhere, exactly.
-The mixing function is splitmix64 (Steele et al. 2014), on int64 tensors whose products wrap.
+The mixing function is splitmix64 (Steele et al. 2014), on int64 tensors whose products wrap, and on Python's numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, like the two factors below
+_MASK = 2**64 - 1
 _FACTORS = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
@@ -35,6 +36,15 @@ def _mix(x: Tensor) -> Tensor:
     return _shift(x, 31).bitwise_xor_(x)
 
 
+def _mix_number(x: int) -> int:
+    """The same of a key that all elements share, without the twenty tensors that it would take."""
+    x &= _MASK
+    for bits, factor in _FACTORS:
+        x = (x >> bits ^ x) * factor & _MASK
+    x ^= x >> 31
+    return x - (x >> 63 << 64)  # signed, as in a tensor
+
+
 def _draws(bits: Tensor, n: int) -> Tensor:
     """`n` times 64 further random bits for each element: (..., n)."""
     return _mix(bits[..., None] + _GOLDEN * torch.arange(1, n + 1, device=bits.device))
@@ -47,11 +57,15 @@ def _unit(bits: Tensor, first: int) -> Tensor:
 
 def hashed(stream: str, *keys: int | Tensor) -> Tensor:
     """64 random bits for each element of the broadcast `keys`."""
-    state = torch.tensor(zlib.crc32(stream.encode()))
+    state: int | Tensor = zlib.crc32(stream.encode())
     for key in keys:
-        key = torch.as_tensor(key, dtype=torch.int64)
-        state = _mix((state.to(key.device) if key.ndim else state) + _GOLDEN ^ _mix(key + _GOLDEN))
-    return state
+        if isinstance(key, Tensor):
+            mixed, state = _mix(key.long() + _GOLDEN), torch.as_tensor(state)
+        else:
+            mixed = _mix_number(int(key) + _GOLDEN)
+        state = state + _GOLDEN ^ mixed
+        state = _mix(state) if isinstance(state, Tensor) else _mix_number(state)
+    return torch.as_tensor(state)
 
 
 def uniform(stream: str, *keys: int | Tensor, n: int) -> Tensor:

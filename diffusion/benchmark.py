@@ -1,7 +1,8 @@
 """What generation costs beside the obvious alternative, on the CPU; a GPU is not used.
 
   step      the training step under the Trainer of `fit`, with curves, progress, run folder, TensorBoard and average,
-            against the same net, loss, AdamW and average in a plain loop; both under bf16
+            against the same net, loss, AdamW and average in a plain loop; both under bf16, or in fp32 on a processor
+            that only imitates bf16
   peers     the step in fp32 beside that of diffusers' DiTTransformer2DModel of the same size
   latents   images that training reads as cached latents, against images that are encoded as they come
   sampling  guided samples in batches, both predictions in one forward, against one sample at a time in two forwards
@@ -36,6 +37,7 @@ from common.benchmark.report import Section, check_counts, publish
 from common.benchmark.trainer_cost import Timed, fit, without_lightning
 from common.command import run_command
 from common.data.loader import Draw, GlobalBatchData
+from common.device import has_bf16
 from common.training.cli import StudyCLI, quieten
 from diffusion import latents
 from diffusion.dit import DiT
@@ -107,7 +109,7 @@ def trained(patch_size: int, steps: int, size: str = "nano") -> StudyCLI:
         return fit("diffusion", runs, "step", *RECIPE, "--model=diffusion.benchmark.TimedGeneration",
                    f"--model.size={size}", f"--model.patch_size={patch_size}",
                    "--data=diffusion.benchmark.RandomLatents", f"--data.steps={steps}",
-                   "--trainer.precision=bf16-mixed")  # fmt: skip
+                   f"--trainer.precision={'bf16-mixed' if has_bf16() else '32-true'}")  # fmt: skip
 
 
 def plain_loop(module: Generation, data: RandomLatents) -> float:
@@ -120,7 +122,7 @@ def plain_loop(module: Generation, data: RandomLatents) -> float:
         for step, chosen in enumerate(torch.randperm(len(images)).split(BATCH)):
             x0, labels = images.latents[chosen], images.labels[chosen]
             t, noise, drops = torch.randint(process.steps, (BATCH,)), torch.randn_like(x0), torch.rand(BATCH)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 output = net(process.q_sample(x0, t, noise), t, labels, drops)
                 mse, bound = process.training_losses(output, x0, t, noise)
                 loss = (mse + bound).mean()
@@ -233,7 +235,8 @@ def measure_sampling(patch_size: int, samples: int, steps: int, rounds: int) -> 
 def sections(options: argparse.Namespace) -> Iterator[Section]:
     if options.mode in ("step", "all"):
         rows = [measure_step(patch_size, options.steps, options.rounds, options.size) for patch_size in (1, 2)]
-        yield Section(f"Training step under bf16, {options.steps} steps:", STEP_COLUMNS, rows)
+        precision = "under bf16" if has_bf16() else "in fp32"
+        yield Section(f"Training step {precision}, {options.steps} steps:", STEP_COLUMNS, rows)
     if options.mode in ("peers", "all"):
         from diffusion import peers
 

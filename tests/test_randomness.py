@@ -36,7 +36,9 @@ def test_the_reference_is_splitmix64():
 
 @pytest.mark.parametrize("keys", [(), (0,), (1, 2), (2**63 - 1,), (-1, -(2**63)), (12345678901234567, 3, 0)])
 def test_hashes_equal_big_integers(keys):
-    assert int(hashed("order", *keys)) & WORD == reference("order", *keys)
+    for made in ([], [0], [1], range(len(keys))):  # numbers, tensors, and some of each
+        mixed = [torch.tensor(key) if place in made else key for place, key in enumerate(keys)]
+        assert int(hashed("order", *mixed)) & WORD == reference("order", *keys)
 
 
 def test_draws_are_the_splitmix64_sequence_from_the_hash():

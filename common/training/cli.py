@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.command import run_command
 from common.data.loader import GlobalBatchData, end_loaders
+from common.device import accelerator
 from common.errors import InputError
 from common.identity import flatten
 from common.parallel import strategies
@@ -260,13 +261,16 @@ class StudyCLI(LightningCLI):
             raise InputError(f"{self.folder}: there is no checkpoint to {self.subcommand}; run fit with the same "
                              "options, name the run with --run_name, or give weights with --init_from")
 
-    def parts(self, accelerator: str = "cpu") -> tuple[Experiment, GlobalBatchData]:
+    def parts(self, asked: str = "cpu") -> tuple[Experiment, GlobalBatchData]:
         """The experiment and its data, with a Trainer that trains nothing and only tells them of itself:
         for what is computed or measured on models alone.
+
+        Args:
+            asked: the Trainer's accelerator.
         """
         made = self.parser.instantiate_classes(self.config)[self.subcommand]
         module, data = made.model, made.data
-        module.trainer = Trainer(accelerator=accelerator, devices=1, barebones=True,
+        module.trainer = Trainer(accelerator=accelerator(asked), devices=1, barebones=True,
                                  max_epochs=self.options.trainer.max_epochs, precision=self.options.trainer.precision)
         module.trainer.datamodule = data
         data.trainer = module.trainer
@@ -284,13 +288,15 @@ class StudyCLI(LightningCLI):
         callbacks = [Progress(curves), curves, folder, Watchdog(self.options.hang_timeout)]
         if self.subcommand == "fit":
             callbacks += [SkipNonFinite()] * skip + [self._requeue()]
-        own = self._get(self.config_init, "trainer").get("callbacks") or []
+        given = self._get(self.config_init, "trainer")
+        own = given.get("callbacks") or []
         slurm = []
         if SLURMEnvironment.detect():
             check_tasks()
             slurm = [SLURMEnvironment(auto_requeue=False)]
         ours = {"callbacks": [*callbacks, *own], "plugins": [AtomicCheckpointIO(self.lock.check), *slurm],
-                "logger": self._logger(), "default_root_dir": str(self.folder), "enable_progress_bar": False}
+                "logger": self._logger(), "default_root_dir": str(self.folder), "enable_progress_bar": False,
+                "accelerator": accelerator(given["accelerator"])}
         strategies.register()
         try:
             trainer = super().instantiate_trainer(**ours, **kwargs)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.fabric.accelerators.mps import MPSAccelerator
 
 from common.errors import InputError
+from common.training.cli import StudyCLI
 from common.training.preflight import check_devices, check_tasks
 
 # What srun gives to each process of `sbatch --nodes 2 --ntasks-per-node 4`, in so far as it matters here.
@@ -114,3 +116,10 @@ def test_a_process_of_a_mistaken_job_ends_in_seconds(start: Callable, tmp_path: 
     said = process.stderr.splitlines()[-1]
     assert said.startswith("error: trainer.num_nodes: 1, trainer.devices: 4: Slurm has started 8 ")
     assert not (tmp_path / "runs").exists()
+
+
+def test_apples_gpu_is_not_taken_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cli = StudyCLI("supervised", ["check", "--config", "supervised/configs/digits.yaml", "--runs", str(tmp_path)])
+    assert cli.trainer.strategy.root_device.type == "cpu"
