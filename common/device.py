@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 # Dense bf16 tensor-core peaks by the makers' data sheets.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+          "RTX 4090": 165e12}  # fmt: skip
 
 
 def accelerator(asked: str) -> str:
@@ -30,6 +34,20 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """These numbers as a tensor beside another, in its precision, or in fp32 beside whole numbers; to be read alone.
+
+    To make one on a GPU waits until the GPU has done all that it was asked for; so each is made once.
+    """
+    return _made(tuple(values), like.dtype if like.is_floating_point() else torch.float32, like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what a validation made, a training may use
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def has_bf16() -> bool:

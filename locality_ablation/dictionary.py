@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.data import ImageData
+from common.device import constant
 from common.errors import InputError
 from common.model import VisionTransformer
 from supervised import Classification
@@ -82,8 +83,9 @@ class DictionaryClassification(Classification):
     def transform(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) -> their intensities, uint8."""
         data = self.trainer.datamodule
-        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (data.mean, data.std))
-        return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
+        images = images.float()
+        mean, std = (constant(values, images).view(-1, 1, 1) for values in (data.mean, data.std))
+        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
 
     def mixed(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes tokens on their grid, in place; the class token is the same in all images."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from common.data import ImageData
+from common.device import constant
 from common.errors import InputError
 from common.model import patchify
 from common.randomness import uniform
@@ -158,7 +159,7 @@ class Pretraining(Experiment):
     def panels(self, images: Tensor, reconstructions: Tensor, mask: Tensor) -> Tensor:
         """Normalised images and reconstructions as they are shown, in their colours."""
         data = self.trainer.datamodule
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+        mean, std = (constant(values, images).view(-1, 1, 1) for values in (data.mean, data.std))
         return panels(images * std + mean, reconstructions * std + mean, mask, self.net.grid, self.net.patch_size)
 
     def draw(self, title: str) -> Figure:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data.loader import Draw, GlobalBatchData
+from common.device import constant
 from common.errors import InputError
 from common.randomness import uniform
 from supervised.depth_augment import DRAWS, augment, resize_depth, resize_image
@@ -168,5 +169,5 @@ class DepthData(GlobalBatchData):
         return DepthSet(frames, self.image_size)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        mean, std = (torch.tensor(values, device=batch["image"].device).view(3, 1, 1) for values in (MEAN, STD))
+        mean, std = (constant(values, batch["image"]).view(3, 1, 1) for values in (MEAN, STD))
         return {**batch, "image": (batch["image"] - mean) / std}

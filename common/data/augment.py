@@ -24,6 +24,7 @@ from common.data.crop import (
     resample,
     stretched,
 )
+from common.device import constant
 from common.errors import InputError
 from common.randomness import uniform
 
@@ -134,9 +135,9 @@ class Augment:
         """Jitter of float images (B, 3, H, W) in [0, 1]."""
         if not any(self.jitter):
             return images
-        reach = images.new_tensor(self.jitter)
-        neutral = images.new_tensor([1.0, 1.0, 1.0, 0.0])
-        low = (neutral - reach).clamp(images.new_tensor([0.0, 0.0, 0.0, -0.5]))
+        reach = constant(self.jitter, images)
+        neutral = constant((1.0, 1.0, 1.0, 0.0), images)
+        low = (neutral - reach).clamp(constant((0.0, 0.0, 0.0, -0.5), images))
         factors = low + (neutral + reach - low) * draws[:, FACTORS]
         jittered = draws[:, JITTER, None] < self.jitter_probability
         factors = torch.where(jittered, factors, neutral)

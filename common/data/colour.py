@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.device import constant
+
 GREY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision rounds it
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -18,7 +20,7 @@ def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> None:
     The target is black for brightness, the image's mean grey for contrast, each pixel's own grey for saturation.
     """
     rest = 1 - factor
-    grey = torch.bmm(images.new_tensor(GREY).expand(len(images), 1, 3), images)
+    grey = torch.bmm(constant(GREY, images).expand(len(images), 1, 3), images)
     mean = torch.where(operation == CONTRAST, rest * grey.mean((1, 2)), 0)
     own = torch.where(operation == SATURATION, rest, 0)
     target = grey.mul_(own[:, None, None]).add_(mean[:, None, None])
@@ -79,6 +81,6 @@ def normalised(images: Tensor, mean: Tensor, std: Tensor, grey: Tensor | None = 
     """Images (B, C, H, W) with `mean` and `std` (C,) taken out, those that `grey` (B,) chooses without colour first."""
     matrix = torch.eye(len(mean), device=images.device).expand(len(images), -1, -1)
     if grey is not None:
-        matrix = torch.where(grey[:, None, None], images.new_tensor(GREY).expand_as(matrix), matrix)
+        matrix = torch.where(grey[:, None, None], constant(GREY, images).expand_as(matrix), matrix)
     pixels = torch.baddbmm((-mean / std)[:, None], matrix / std[:, None], images.flatten(2))
     return pixels.view_as(images)

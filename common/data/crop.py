@@ -9,6 +9,7 @@ widens with the scale where a box shrinks. `nearest` copies single pixels instea
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ def random_boxes(
     The area's share is uniform on `scale`, the logarithm of width/height uniform on that of `ratio`; the first of ten
     tries that fits is placed uniformly. Where none fits, the largest central box whose shape is within `ratio`.
     """
-    height, width = (torch.as_tensor(side, device=draws.device).reshape(-1, 1) for side in (height, width))
+    height, width = (side.to(draws.device)[:, None] if isinstance(side, Tensor)
+                     else torch.full((1, 1), side, device=draws.device) for side in (height, width))
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     shape = (low + (high - low) * draws[:, TRIES : 2 * TRIES]).exp()
@@ -119,9 +121,9 @@ def nearest(length: Tensor, size: int) -> Tensor:
 
     Where that lies between two, PIL takes either by the rounding of its sums in float64, which are these.
     """
-    steps = (length.cpu().double() / size)[:, None].repeat(1, size)  # a GPU would add them up in another order
-    steps[:, 0] /= 2
-    return steps.cumsum(1).long().to(length.device)
+    step = length.double() / size
+    centres = accumulate([step / 2, *[step] * (size - 1)])  # a GPU's cumsum would add them up in another order
+    return torch.stack(list(centres), dim=1).long()
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -180,8 +182,8 @@ def fit(
         return images[..., top : top + size[0], left : left + size[1]]
     sides = []
     for pixels, new, kept, margin in zip(source, resized, size, _margins(resized, size), strict=True):
-        whole = torch.tensor([[0.0], [pixels]], device=images.device)
-        sides.append(weights(*whole, pixels, new, interpolation)[:, margin : margin + kept])
+        start, length = (torch.full((1,), float(number), device=images.device) for number in (0, pixels))
+        sides.append(weights(start, length, pixels, new, interpolation)[:, margin : margin + kept])
     rows, columns = sides
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)

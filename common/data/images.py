@@ -21,7 +21,7 @@ from common.data.preparation import EvaluationPreparation, TrainingPreparation
 from common.data.sets import FileSet, HeldSet, ResidentSet, StoredSet
 from common.data.sources import Source
 from common.data.stored import Store, location
-from common.device import device_memory
+from common.device import constant, device_memory
 from common.errors import InputError
 
 
@@ -209,7 +209,7 @@ class ImageData(GlobalBatchData):
         if "image" not in batch:
             batch = {**batch, **{name: held.index_select(0, batch["index"]) for name, held in self.held.items()}}
         images = batch["image"]
-        mean, std = images.new_tensor(self.mean, dtype=torch.float), images.new_tensor(self.std, dtype=torch.float)
+        mean, std = constant(self.mean, images), constant(self.std, images)
         if trainer.training:
             draws = self.augment.draws(trainer.seed, batch["epoch"], batch["index"])
             size = self.image_size if self._on_device("train") else None

@@ -81,7 +81,7 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
             pace.done(start)
             continue
         for source in start.sources.values():
-            # A training may stop early and leave with 0, as with trainer.max_time.
+            # Whatever the reason: other weights than the last are not to be used.
             if (there := state(source)) != "finished":
                 print(f"{place}: not started, since it is to use {source.located[0]}, which is {there}; the same "
                       "command goes on there", file=sys.stderr)

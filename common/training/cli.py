@@ -161,6 +161,15 @@ class StudyCLI(LightningCLI):
         if self.execute:
             super()._run_subcommand(subcommand)
 
+    def after_fit(self) -> None:
+        """Lightning calls this after `fit`. A user's callback may have ended the training, which then is not finished.
+        """
+        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs
+        if epoch < epochs:
+            rank_zero_only(print)(f"not finished: {self.folder}, after {epoch} of {epochs} epochs: a callback has "
+                                  "ended the training", file=sys.stderr)
+            raise SystemExit(1)
+
     def _resolved(self, config: Namespace) -> dict[str, Any]:
         """The whole config as plain values; `run_name` and what is no part of a replay are left to the caller."""
         subcommand = config["subcommand"]
@@ -300,7 +309,7 @@ class StudyCLI(LightningCLI):
         strategies.register()
         try:
             trainer = super().instantiate_trainer(**ours, **kwargs)
-        except (MisconfigurationException, ValueError) as error:  # devices that are not there, a malformed max_time
+        except (MisconfigurationException, ValueError) as error:  # such as devices that are not there
             raise InputError(f"trainer: {error}") from error
         if slurm and self.subcommand != "check":
             check_devices(trainer.num_nodes, trainer.num_devices)

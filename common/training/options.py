@@ -24,6 +24,8 @@ OPTIONS = {
 OVERRULED = {
     "accumulate_grad_batches": "micro-batches follow from data.batch_size and data.batch_per_device",
     "fast_dev_run": "it would leave a finished run; give trainer.max_epochs and trainer.limit_train_batches",
+    "max_time": "what is left would never be trained, since Lightning counts all starts together; a signal ends a "
+                "start with all saved, as by `timeout --signal USR1 8h python -m ...`, and the same command goes on",
     "default_root_dir": "--runs and --run_name say where a run lies",
     "logger": "a run folder holds TensorBoard's events",
     "plugins": "the suite has its own, for checkpoints and Slurm",

@@ -156,7 +156,7 @@ def test_a_scale_may_draw_otherwise(study):
 
 
 def test_weights_come_from_a_finished_run_only(study, capfd):
-    """Neither after a failure nor after an early end with exit code 0, which a limit of time is."""
+    """Neither after a failure nor after an early end, be its exit code 0."""
     chain = study(**CHAIN)["X1"]
     scale = chain.scale("demo")
     Path("broken").touch()

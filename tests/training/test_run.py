@@ -221,6 +221,21 @@ def test_a_run_that_ended_before_it_could_say_so_has_the_same_results(command, t
     assert after == before
 
 
+def test_a_training_that_a_callback_ends_is_not_finished(command, tmp_path, monkeypatch):
+    def stop(module: Classification) -> None:
+        module.trainer.should_stop = True
+
+    with monkeypatch.context() as early:
+        early.setattr(Classification, "on_train_epoch_end", stop)
+        outcome = command("fit", "--run_name", "a")
+    folder = tmp_path / "runs/supervised/a"
+    assert outcome.code == 1 and outcome.err.splitlines()[-1] == (
+        "not finished: runs/supervised/a, after 1 of 2 epochs: a callback has ended the training")
+    assert (results(folder)["status"], results(folder)["epoch"]) == ("running", 1)
+    assert command("fit", "--run_name", "a").code == 0
+    assert (results(folder)["status"], results(folder)["epoch"]) == ("finished", 2)
+
+
 def test_a_start_that_failed_leaves_no_config(command, tmp_path, monkeypatch):
     with monkeypatch.context() as fault:
         fail_at(fault, 0)
