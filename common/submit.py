@@ -107,6 +107,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--time", help="limit of a start, as sbatch takes it; the job is requeued until it is finished")
     parser.add_argument("--sbatch", default="", help="further options, as in --sbatch '--partition gpu --account me'")
     parser.add_argument("--go", action="store_true", help="submit, and do not only print")
+    if "--sbatch" in arguments[:-1]:  # argparse takes its value for an option where that has a dash and no space
+        at = arguments.index("--sbatch")
+        arguments = [*arguments[:at], f"--sbatch={arguments[at + 1]}", *arguments[at + 2 :]]
     options, words = parser.parse_known_args(arguments)
     for name in ("nodes", "cpus"):
         if getattr(options, name) < 1:

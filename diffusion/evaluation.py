@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +80,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     rank: int = 0,
     ranks: int = 1,
+    beat: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The metrics by their tags, and the record of how they were measured: the same on every rank.
 
@@ -93,6 +94,7 @@ def evaluate(
         allow_few: take fewer images than features.
         device: where the extractor is.
         rank: of `ranks` processes, which share the images.
+        beat: called after every batch, a sign of life.
     """
     asked = Asked(samples.name, samples.images, samples.size, samples.labels() if "agreement" in metrics else None)
     images, stored = compared(asked, reference, extractor, metrics, allow_few)
@@ -106,11 +108,11 @@ def evaluate(
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "reference": images.name if images else str(reference),
-        "reference_sha256": images.digest() if images else sha256(reference),
+        "reference_sha256": images.digest() if images else None if reference.is_dir() else sha256(reference),
         "reference_images": images.images if images else 0,
         "reference_statistics": "stored" if stored else "of its images",
     }
-    share = batch, device, rank, ranks
+    share = batch, device, rank, ranks, beat
     of_samples = _measured("samples", samples, extractor, metrics, *share)
     of_reference = _measured("reference", images, extractor, needed, *share) if images else {}
     values = scores(of_samples, of_reference | stored)
@@ -173,7 +175,7 @@ def _stored(reference: Path, extractor: Extractor, metrics: Collection[str]) -> 
 
 def _measured(
     title: str, images: ImageSet, extractor: Extractor, metrics: Collection[str], batch: int,
-    device: torch.device | str, rank: int, ranks: int,
+    device: torch.device | str, rank: int, ranks: int, beat: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     measurement = Measurement(extractor, images.images, metrics).to(device)
     labels = images.labels() if "agreement" in metrics else None
@@ -182,4 +184,5 @@ def _measured(
     for place, pictures in track(images.batches(batch, rank, ranks), title, batches, console=console):
         index = torch.arange(place.start, place.stop, device=device)
         measurement.update(extractor(pictures.to(device)), index, None if labels is None else labels[place].to(device))
+        beat()
     return measurement.compute()

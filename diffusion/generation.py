@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from common.randomness import normal, uniform
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe
 from common.training.run import write_atomically
+from common.training.watchdog import pulse_of
 from diffusion.cost import activation_bytes, forward_flops
 from diffusion.dit import DiT
 from diffusion.evaluation import BY_INCEPTION, Asked, Evaluation, as_json, compared, evaluate, load_extractor
@@ -98,7 +100,7 @@ class Generation(Experiment):
     @property
     def _forwards(self) -> int:
         """Of the net, for a sample."""
-        return self.predict.steps * (2 if self.predict.guidance > 1 else 1)
+        return self.predict.steps * (2 if self.conditional and self.predict.guidance > 1 else 1)
 
     def test_flops(self, net: DiT) -> int:
         return self.predict.samples * self._forwards * forward_flops(net)
@@ -175,10 +177,12 @@ class Generation(Experiment):
     def _open_folder(self) -> None:
         _, net = next(self.evaluated("test"))
         data, chosen = self.trainer.datamodule, self.predict
+        if not net.classes:
+            chosen = replace(chosen, guidance=1.0)
         steps = f"step{self.trained_steps}-" if self.trained_steps else ""
         self.folder = SampleFolder(Path(self.trainer.default_root_dir) / "samples" / f"{steps}{chosen.name}")
-        self.sampler = Sampler(self.process, chosen.solver, chosen.steps, chosen.guidance if net.classes else 1.0,
-                               chosen.guidance_channels, chosen.seed)  # fmt: skip
+        self.sampler = Sampler(self.process, chosen.solver, chosen.steps, chosen.guidance, chosen.guidance_channels,
+                               chosen.seed)  # fmt: skip
         self.labels = chosen.labels(net.classes)
         self.folder.open({
             "samples": chosen.samples,
@@ -242,7 +246,7 @@ class Generation(Experiment):
         samples = Folder(self.folder.path, extractor.channels, self.predict.samples)
         values, self.record = evaluate(
             samples, self.reference, extractor.to(self.device), self.metrics_tested, data.eval_batch_size,
-            self.evaluation.allow_few_samples, self.device, trainer.global_rank, trainer.world_size,
+            self.evaluation.allow_few_samples, self.device, trainer.global_rank, trainer.world_size, pulse_of(trainer),
         )  # fmt: skip
         values = {f"test/{tag}": value for tag, value in values.items()}
         self.log_dict({"step": float(self.trained_steps), **values})

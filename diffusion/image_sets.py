@@ -22,6 +22,7 @@ from torch import Tensor
 from common.data import ImageData
 from common.data.folders import SUFFIXES, decode, is_image
 from common.data.preparation import EvaluationPreparation
+from common.data.stored import fingerprint
 from common.errors import InputError
 from diffusion.features import sha256
 from diffusion.metrics import Statistics
@@ -186,9 +187,10 @@ class Prepared(ImageSet):
 
     def __init__(self, data: ImageData) -> None:
         self.name, self.size, self.channels = f"training images of {data.dataset}", data.image_size, data.channels
-        self.pictures = data.source.read(data.root, "train").images
+        self.pictures, self._labels = data.source.read(data.root, "train")
         self.images = len(self.pictures)
-        self._prepare = EvaluationPreparation(data.image_size, data.eval_crop, data.eval_interpolation)
+        self._preparation = data.image_size, data.eval_crop, data.eval_interpolation
+        self._prepare = EvaluationPreparation(*self._preparation)
 
     def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
         for place in self.places(images, rank, ranks):
@@ -198,7 +200,12 @@ class Prepared(ImageSet):
         return picture if isinstance(picture, Tensor) else decode(picture, self.channels)
 
     def digest(self) -> str:
-        """That of all pixels, which costs one more pass over the images."""
+        """That of all pixels; of files their names and classes, and what is done to them: to decode them once more
+        would take hours.
+        """
+        if not isinstance(self.pictures, Tensor):
+            told = fingerprint(self.pictures, self._labels), *self._preparation
+            return hashlib.sha256(repr(told).encode()).hexdigest()
         digest = hashlib.sha256()
         for _, images in self.batches(256):
             digest.update(images.contiguous().numpy().data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,8 @@ from common.randomness import normal
 from diffusion.autoencoder import Autoencoder
 from diffusion.latent_set import SPLITS, LatentSet, read_index
 from diffusion.published import load_autoencoder
+
+PIECE = 64 * 256**2  # pixels that go through an autoencoder at once: 6 GB in the widest layers of the paper's, in fp32
 
 
 class LatentData(ImageData):
@@ -149,8 +153,7 @@ class LatentData(ImageData):
             batch = super().on_after_batch_transfer(batch, dataloader_idx)
             if self.autoencoder is None:
                 return batch
-            with torch.no_grad():
-                moments = self.autoencoder.to(batch["image"].device).moments(batch["image"])
+            moments = _in_pieces(self.autoencoder.to(batch["image"].device).moments, batch["image"], self.image_size)
         latents = self.autoencoder.normalise(self.autoencoder.sample(moments, self._noise(batch, moments)))
         return {**batch, "image": latents}
 
@@ -161,12 +164,18 @@ class LatentData(ImageData):
         draws = normal("latent", self.trainer.seed, batch["epoch"], batch["index"], n=shape[1:].numel())
         return draws.view(shape)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """What a model generates, (B, z, h, w), as images (B, C, H, W) in about [-1, 1]."""
         if self.autoencoder is None:
             return latents
-        return self.autoencoder.to(latents.device).decode(self.autoencoder.denormalise(latents))
+        latents = self.autoencoder.denormalise(latents)
+        return _in_pieces(self.autoencoder.to(latents.device).decode, latents, self.image_size)
+
+
+@torch.no_grad()
+def _in_pieces(coder: Callable[[Tensor], Tensor], inputs: Tensor, size: tuple[int, int]) -> Tensor:
+    """`coder` of a batch, whose images have `size`, without more of them at once than fit beside a model."""
+    return torch.cat([coder(some) for some in inputs.split(max(1, PIECE // math.prod(size)))])
 
 
 class SampleNumbers(Dataset):

@@ -24,6 +24,7 @@ from diffusion.autoencoder import Autoencoder
 from diffusion.codebook import COLLAPSED, CodebookUsage, add_counts, usage
 from diffusion.discriminator import PatchDiscriminator
 from diffusion.evaluation import UNJUDGED, Reconstruction
+from diffusion.features import full_precision
 from diffusion.initialisation import initialise_autoencoder
 from diffusion.metrics import ReconstructionDistance
 from diffusion.objective import Adversary, Objective, Players, StepCost, step_cost
@@ -257,8 +258,9 @@ class AutoencoderTraining(Experiment):
         for name, values in {"loss": self.objective.of_pixels(distances), **distances}.items():
             scores[name].update(values)
         made, truth = in_colours(reconstructions), in_colours(images)
-        for name in {"psnr", "ssim"} & set(scores):
-            scores[name].update(made, truth)
+        with full_precision(images.device):  # SSIM takes differences of squares, of which bf16 leaves nothing
+            for name in {"psnr", "ssim"} & set(scores):
+                scores[name].update(made, truth)
         if out.indices is None:
             scores["kl"].update(out.kl)
         else:

@@ -109,10 +109,13 @@ def _end(ranks: list[CONTEXT.Process]) -> None:
         rank.join()
 
 
-def _meeting(ranks: int) -> list[dict[str, str]]:
+def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+        return str(free.getsockname()[1])
+
+
+def _meeting(ranks: int) -> list[dict[str, str]]:
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
               "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
     return [{key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             for rank in range(ranks)]  # fmt: skip

@@ -76,6 +76,8 @@ def test_a_command_is_one_job(jobs: Callable) -> None:
     (["--gpus", "0", "--cpus", "1"], ["--nodes", "1", "--ntasks-per-node", "1", "--cpus-per-task", "1"]),
     (["--time", "1-12:00"], ["--nodes", "1", "--ntasks-per-node", "1", "--gpus-per-node", "1", "--cpus-per-task", "8",
                              "--time", "1-12:00"]),
+    (["--sbatch", "--exclusive"],
+     ["--nodes", "1", "--ntasks-per-node", "1", "--gpus-per-node", "1", "--cpus-per-task", "8", "--exclusive"]),
     (["--sbatch", "--partition gpu --comment 'a b'"],
      ["--nodes", "1", "--ntasks-per-node", "1", "--gpus-per-node", "1", "--cpus-per-task", "8", "--partition", "gpu",
       "--comment", "a b"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import inspect
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -80,7 +82,9 @@ class StudyCLI(LightningCLI):
         self.study, self.execute = study, run
         self.given = sys.argv[1:] if args is None else args
         self.closing = contextlib.ExitStack()  # what the command holds while it runs
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect on CPU
         with self.closing:
+            self.closing.push(_leave_alone)
             if run:
                 self.closing.callback(end_loaders)
             self._run()
@@ -201,7 +205,8 @@ class StudyCLI(LightningCLI):
 
     def _before_fit(self) -> None:
         self._check_trainer()
-        if rank_zero_only.rank == 0:
+        # Started by Lightning's own launcher, the first process of every node is rank 0 until there is a Trainer.
+        if rank_zero_only.rank == 0 and _node() == 0:
             self.lock.acquire()
             self.closing.callback(self.lock.release)
         self.options.overwrite &= not run.restarted(self.folder)
@@ -231,6 +236,9 @@ class StudyCLI(LightningCLI):
         for name, instead in OVERRULED.items():
             if getattr(trainer, name) not in (None, False, 0, inspect.signature(L.Trainer).parameters[name].default):
                 raise InputError(f"trainer.{name}: {getattr(trainer, name)} is not used; {instead}")
+        if str(trainer.precision) in ("16", "16-mixed", "16-true"):
+            raise InputError(f"trainer.precision: {trainer.precision} is not used: under its loss scaler "
+                             "gradients cannot be watched; bf16-mixed is as fast, and needs none")
         if (every := trainer.log_every_n_steps) is not None and every < 1:
             raise InputError(f"trainer.log_every_n_steps: {every} is not a positive number of steps")
         if trainer.max_steps not in (-1, None):
@@ -355,6 +363,21 @@ class StudyCLI(LightningCLI):
         return kwargs | own.get(subcommand, {})
 
 
+def _node() -> int:
+    """Of this process, as Lightning's own launcher is told it."""
+    return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+
+
+def _leave_alone(kind: type[BaseException] | None, *_: object) -> None:
+    """Has a rank that fails end at once, so that the others are ended as well.
+
+    At exit Lightning takes NCCL's communicators down, for which all ranks have to come: one that fails by itself would
+    hang there, unseen by srun and torchrun.
+    """
+    if kind is not None and issubclass(kind, Exception):
+        atexit.unregister(_destroy_dist_connection)
+
+
 def _one_spelling(path: str) -> str:
     """A path as it is hashed: relative to the working directory where it lies below, without a slash at its end."""
     absolute = Path(os.path.abspath(path))
@@ -397,4 +420,3 @@ def quieten() -> None:
         ".*predict returned None.*",  # predictions are written, not returned
     ):
         warnings.filterwarnings("ignore", message)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect on CPU

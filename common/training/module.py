@@ -195,9 +195,10 @@ class Experiment(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning, which under mixed precision refuses a fused optimiser though only fp16's scaler forbids it."""
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_val and not scaled and gradient_clip_algorithm in (None, "norm"):
+        """As Lightning, which under mixed precision refuses a fused optimiser though only fp16's scaler, which there is
+        none of, forbids it.
+        """
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

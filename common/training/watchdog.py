@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ import lightning as L
 from common.errors import InputError
 
 HUNG = 134  # as after SIGABRT: batch scripts take it for a killed process, and try again
+
+
+def pulse_of(trainer: L.Trainer) -> Callable[[], None]:
+    """What to call while something long goes on that has no batches of the Trainer's."""
+    return next((callback.pulse for callback in trainer.callbacks if isinstance(callback, Watchdog)), lambda: None)
 
 
 class Watchdog(L.Callback):
@@ -40,11 +46,11 @@ class Watchdog(L.Callback):
         if self.seconds:
             threading.Thread(target=self._watch, args=(trainer,), daemon=True, name="watchdog").start()
 
-    def _pulse(self, *_: Any, **__: Any) -> None:
+    def pulse(self, *_: Any, **__: Any) -> None:
         self._last = time.monotonic()
 
-    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _pulse
-    on_train_start = on_train_epoch_end = on_validation_end = on_save_checkpoint = _pulse
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = pulse
+    on_train_start = on_train_epoch_end = on_validation_end = on_save_checkpoint = pulse
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._over.set()

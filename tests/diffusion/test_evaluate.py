@@ -16,9 +16,11 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from common.command import run_command
-from diffusion import evaluate, metrics
+from common.data import ImageData
+from common.data.folders import ImageFolder
+from diffusion import evaluate, evaluation, image_sets, metrics
 from diffusion.features import Extracted, Extractor, Inception, load_classifier
-from diffusion.image_sets import open_images, to_uint8, write_npz
+from diffusion.image_sets import Prepared, open_images, to_uint8, write_npz
 from diffusion.metrics import precision_recall
 
 
@@ -166,6 +168,36 @@ def test_the_hash_of_a_folder_is_that_of_its_files_and_names(content, run):
     printed = subprocess.run("sha256sum *.png", shell=True, cwd="reference", capture_output=True, check=True).stdout
     record = content("samples.npz", "reference")["evaluation"]
     assert record["reference_sha256"] == hashlib.sha256(printed).hexdigest()
+
+
+def test_a_folder_that_no_metric_looks_at_needs_no_hash(content, run):
+    np.savez("samples.npz", SAMPLES)
+    save_folder(Path("reference"), REFERENCE)
+    record = content("samples.npz", "reference", "--metrics", "inception_score")["evaluation"]
+    assert (record["reference"], record["reference_sha256"], record["reference_images"]) == ("reference", None, 0)
+
+
+def test_a_long_evaluation_gives_signs_of_life(tmp_path):
+    """A run's watchdog would end it else, since the Trainer has no batches then."""
+    beats = []
+    for name, images in [("samples", SAMPLES), ("reference", REFERENCE)]:
+        np.savez(tmp_path / f"{name}.npz", images)
+    samples = open_images(tmp_path / "samples.npz", 3)
+    evaluation.evaluate(samples, tmp_path / "reference.npz", Toy(), ["fd"], batch=4, beat=lambda: beats.append(1))
+    assert len(beats) == 6 + 3
+
+
+def test_training_images_in_files_are_not_decoded_to_be_told_apart(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_folder(tmp_path / name / "train", np.zeros((0, 6, 5, 3)))
+        save_folder(tmp_path / name / "train" / "one", SAMPLES[:3])
+        save_folder(tmp_path / name / "train" / "other", SAMPLES[3 : 6 + (name == "b")])
+    data = {name: ImageData(ImageFolder(str(tmp_path / name)), 4, 1) for name in ("a", "b")}
+    cropped = ImageData(ImageFolder(str(tmp_path / "a")), 4, 1, eval_crop=0.9)
+    monkeypatch.setattr(image_sets, "decode", None)
+    digests = [Prepared(each).digest() for each in (data["a"], data["a"], data["b"], cropped)]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_too_few_images_are_refused_and_can_be_taken_as_they_are(run):

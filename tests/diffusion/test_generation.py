@@ -348,6 +348,9 @@ def test_without_classes(generation: Callable, tmp_path: Path) -> None:
             "--model.picture_epochs", "1", "--model.picture_steps", "2"]  # fmt: skip
     outcome = generation("predict", *options, *more)
     assert outcome.code == 0, outcome.err
+    recipe = results(tmp_path)["recipe"]
+    assert recipe["sampling"].startswith("50 forwards")  # without a class to guide to, whatever the guidance
+    assert (tmp_path / "runs/diffusion/a/samples/step9-ddim2-g1-s0").is_dir()
 
 
 def test_validation_uses_fixed_noise_and_steps() -> None:

@@ -17,7 +17,7 @@ from forked import Command
 from common.data import Augment, Digits
 from common.data.loader import Draw
 from common.errors import InputError
-from diffusion import LatentData
+from diffusion import LatentData, latent_data
 from diffusion import latents as latents_room
 from diffusion.autoencoder import Autoencoder
 from diffusion.latent_set import LatentSet
@@ -224,3 +224,17 @@ def test_where_latents_come_from_makes_no_other_run(command: Callable, cache: Pa
     few = ["--model.predict.samples", "2", "--model.predict.steps", "2"]
     outcome = command("predict", *options, *few, config=DIGITS, study="diffusion")
     assert outcome.code == 0 and "2 samples -> " in outcome.out, outcome.err
+
+
+def test_no_more_images_are_encoded_at_once_than_fit_beside_a_model() -> None:
+    sizes = []
+
+    def coder(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return 2 * images
+
+    images = torch.arange(70.0)
+    assert torch.equal(latent_data._in_pieces(coder, images, (256, 256)), 2 * images)
+    assert sizes == [64, 6]
+    latent_data._in_pieces(coder, images[:1], (8192, 8192))
+    assert sizes[2:] == [1]

@@ -211,3 +211,15 @@ def test_metrics_are_means_over_images_by_scikit_image(kind, channels):
     assert found == pytest.approx(expected, rel=1e-4)
     for shown, truth in zip(module.shown, (originals, copies), strict=True):
         assert np.abs(shown.permute(0, 2, 3, 1).numpy() - 255 * truth[:3]).max() <= 0.501
+
+
+def test_similarity_is_measured_in_fp32_under_bf16():
+    """Of a smooth bright image, whose variance is the small difference of two large numbers."""
+    module = AutoencoderTraining(Recipe(lr=1e-3), perceptual="none", kind="kl")
+    module.net = players("kl", 3).net
+    scores = module.metrics(SimpleNamespace(image_size=(32, 32)))
+    images = torch.linspace(0.6, 0.7, 32).expand(2, 3, 32, 32)
+    perfect = SimpleNamespace(images=images, indices=None, kl=torch.zeros(2))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        module.evaluate(lambda _: perfect, {"image": images}, scores)
+    assert scores["ssim"].compute().item() == pytest.approx(1, abs=1e-4)

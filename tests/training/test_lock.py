@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import free_port
 from processes import assert_identical, children, leftovers, until, written
 
 from common.errors import InputError
@@ -40,6 +41,15 @@ def status(folder: Path) -> str:
 def content(folder: Path) -> dict[Path, bytes]:
     """Without the lock: a process that opens and closes a file loses its lock on it."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_nodes_that_lightning_starts_train_in_one_folder(start: Callable, folder: Path) -> None:
+    """Each node's first process takes itself for rank 0 until there is a Trainer."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes = [start("fit", "--run_name", "run", "--trainer.num_nodes", "2", "--trainer.devices", "1",
+                   variables={**meeting, "NODE_RANK": str(node)}) for node in (0, 1)]  # fmt: skip
+    assert [node.wait() for node in nodes] == [0, 0], [node.stderr for node in nodes]
+    assert status(folder) == "finished"
 
 
 def test_a_second_process_is_refused_and_a_killed_one_is_no_obstacle(

@@ -48,6 +48,7 @@ def refused(outcome) -> str:
     (["--trainer.max_epochs", "-1"], ["trainer.max_epochs: -1"]),
     (["--trainer.max_steps", "10"], ["trainer.max_epochs", "max_steps"]),
     (["--trainer.max_time", "00:00:10:00"], ["trainer.max_time: 00:00:10:00 is not used", "timeout --signal USR1"]),
+    (["--trainer.precision", "16-mixed"], ["trainer.precision: 16-mixed is not used", "bf16-mixed"]),
     (["--trainer.fast_dev_run", "true"], ["trainer.fast_dev_run: True is not used", "limit_train_batches"]),
     (["--trainer.accumulate_grad_batches", "3"], ["accumulate_grad_batches: 3 is not used", "data.batch_per_device"]),
     (["--trainer.log_every_n_steps", "0"], ["trainer.log_every_n_steps: 0 is not a positive"]),
