@@ -177,7 +177,8 @@ class Comparison:
                 record |= {tag: value and value.mean, f"{tag} std": value and value.std, f"{tag} n": value and value.n,
                            f"{tag} difference": self.difference(group, tag), f"{tag} best": group in best[tag]}
                 test = self.paired(group, tag)
-                record |= {f"{tag} p": test and test.p, f"{tag} pairs": test and test.n}
+                record |= {f"{tag} paired difference": test and test.mean, f"{tag} p": test and test.p,
+                           f"{tag} pairs": test and test.n}
             records.append(record)
         for run in self.left_out:
             records.append({"run": run.name, "status": run.status, "problem": run.problem,

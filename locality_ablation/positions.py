@@ -55,6 +55,8 @@ def similarity(folder: str) -> Similarity:
     table = weights_in(content, "ema", folder).get("pos_embed")
     if table is None:
         raise InputError(f"{folder}: its model has no position table (model.position: none, or no Vision Transformer)")
+    if "beyond_shapes" not in content:
+        raise InputError(f"{folder}: not a checkpoint of this suite, whose grid of positions would be known")
     h, w = content["beyond_shapes"]["grid"]
     table = table[0, table.shape[1] - h * w :].float()
     order = content["state_dict"].get("permuted.order")

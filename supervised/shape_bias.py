@@ -141,8 +141,9 @@ def decisions_of(folder: Path, stimuli: Path | None) -> list[Decision]:
     from common.training.trained import load
 
     run = load(folder, "RUN_FOLDER")
-    if not hasattr(run.experiment, "predicted") or not isinstance(run.data, ImageData):
-        raise InputError(f"RUN_FOLDER: {folder} is a run of {type(run.experiment).__name__}, which is no classifier")
+    if not hasattr(run.experiment, "predicted") or run.experiment.data_class is not ImageData:
+        raise InputError(f"RUN_FOLDER: {folder} is a run of {type(run.experiment).__name__}, which is no "
+                         "classifier of pictures alone")
     source = run.data.source
     if isinstance(source, Shapes):
         if source.label != "both":
@@ -170,7 +171,7 @@ def read_decisions(file: Path) -> dict[str, list[Decision]]:
             if lacking:
                 raise InputError(f"--decisions: {file} lacks the columns {', '.join(sorted(lacking))}")
             for row in table:
-                texture = re.search(r"-([a-z]+)\d*\.\w+$", row["imagename"])
+                texture = re.search(r"-([a-z]+)\d*\.\w+$", row["imagename"] or "")
                 if texture is None:
                     raise InputError(f"--decisions: {file}, line {table.line_num}: imagename {row['imagename']} does "
                                      "not end in -TEXTURE1.png")
@@ -235,6 +236,13 @@ def _cycle(*values: str) -> Iterator[str]:
         yield from values
 
 
+def _add(found: dict[str, list[Decision]], more: dict[str, list[Decision]], source: Path) -> None:
+    if twice := found.keys() & more.keys():
+        raise InputError(f"{source}: {', '.join(sorted(twice))} is the name of an earlier run or subject, too; look at "
+                         "them one after the other, or rename it")
+    found |= more
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m supervised.shape_bias", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -257,11 +265,12 @@ def main(arguments: list[str]) -> int:
         quieten()
     found: dict[str, list[Decision]] = {}
     for folder in options.folders:
-        found[folder.resolve().name] = decisions_of(folder, options.stimuli)
+        name = folder.resolve().name
+        _add(found, {name: decisions_of(folder, options.stimuli)}, folder)
         if options.csv:
-            write_decisions(options.csv, folder.resolve().name, found[folder.resolve().name])
+            write_decisions(options.csv, name, found[name])
     for file in options.decisions:
-        found |= read_decisions(file)
+        _add(found, read_decisions(file), file)
     subjects = {name: by_category(decisions) for name, decisions in found.items()}
     for name, counts in subjects.items():
         if not counts:

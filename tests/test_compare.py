@@ -281,6 +281,7 @@ def test_differences_are_tested_over_the_seeds_that_both_have(two_arms, make_run
     assert comparison.rows()[0][6].text == "-5.00"  # and not with the p of another difference
     assert test.p == pytest.approx(ttest_rel([95, 96, 97], [90, 92, 94]).pvalue)
     record = next(record for record in comparison.records() if record["run"] == one.label)
+    assert (record["val/acc1 difference"], record["val/acc1 paired difference"]) == (pytest.approx(-5), 4)
     assert (record["val/acc1 p"], record["val/acc1 pairs"]) == (test.p, 3)
 
 

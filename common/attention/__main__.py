@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ from common.attention.figures import GROUPS, by_layer_and_head, in_colours, laye
 from common.attention.measures import AttentionMeasures, Measures
 from common.command import run_command
 from common.data.images import ImageData
-from common.data.loader import GlobalBatchData
 from common.errors import InputError
 from common.figure import check_file, save
 from common.model import VisionTransformer
@@ -82,13 +81,15 @@ def examine(run: Trained, folder: Path | None, count: int, shown: Sequence[tuple
     return Seen(measures.compute(), pictures, [torch.cat(maps_of[pair])[:SHOWN] for pair in shown])
 
 
-def _check(folder: Path) -> Callable[[Experiment, GlobalBatchData], None]:
-    def check(experiment: Experiment, data: GlobalBatchData) -> None:
-        if not isinstance(data, ImageData) or not hasattr(experiment, "backbone"):
+def _load(folder: Path) -> Trained:
+    def check(experiment: Experiment, suits: bool) -> None:
+        if not suits:
             raise InputError(f"RUN_FOLDER: {folder} is a run of {type(experiment).__name__}, which has no attention "
-                             "over images; name one of a classifier or of MAE")
+                             "over the pixels or patches of images; name one of a classifier or of MAE")
 
-    return check
+    run = load(folder, "RUN_FOLDER", lambda experiment, _: check(experiment, experiment.data_class is ImageData))
+    check(run.experiment, isinstance(run.experiment.backbone(run.net), VisionTransformer))
+    return run
 
 
 def _pairs(words: Sequence[str], net: VisionTransformer) -> list[tuple[int, int]]:
@@ -140,9 +141,13 @@ def main(arguments: list[str]) -> int:
     figure = options.figure or options.folders[0] / "figures" / "attention.png"
     check_file(figure)
     quieten()
-    seen, titles = {}, []
+    seen, titles, pictured = {}, [], None
     for name, folder in zip(names_of(options.folders), options.folders, strict=True):
-        run = load(folder, "RUN_FOLDER", _check(folder))
+        run = _load(folder)
+        pictured = pictured or run.data.dataset
+        if options.shows == "maps" and not options.images and run.data.dataset != pictured:
+            raise InputError(f"RUN_FOLDER: {folder} was trained on {run.data.dataset}, and those before it on "
+                             f"{pictured}; name the pictures to look at as --images")
         net = run.experiment.backbone(run.net)
         pairs = _pairs(options.map or [f"0,{layer}" for layer in range(min(3, net.depth))], net)
         seen[name] = examine(run, options.images, options.count, pairs)

@@ -38,7 +38,7 @@ PIECE, SQUARES = 128, 32  # images of about 32x32, and of 96x96, that fit a core
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training image; by default nothing but what evaluation does, too.
+    """What happens to a training image; by default it is no more than resized and centrally cropped.
 
     Every image has its own parameters, a function of (seed, epoch, index in the data set).
 

@@ -78,7 +78,10 @@ class ImageFolder(Source):
         return self.path.name
 
     def _divided(self) -> bool:
-        return (self.path / "train").is_dir()
+        """Whether `train` is a split; alone, and without folders in it, it is a class of trains."""
+        train = self.path / "train"
+        beside = any((self.path / split).is_dir() for split in ("val", "test"))
+        return train.is_dir() and (beside or any(entry.is_dir() for entry in train.iterdir()))
 
     def class_names(self, root: Path) -> list[str]:
         return folders_of(self.path / "train" if self._divided() else self.path, self.layout)

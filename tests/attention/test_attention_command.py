@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import TWO_STEPS
 from torchvision.io import write_png
 
 from common.attention.__main__ import examine, main
@@ -64,6 +65,30 @@ def test_images_of_ones_own(runs: dict[str, Path]) -> None:
     run = load(runs["mae"], "RUN_FOLDER")
     seen = examine(run, Path("pictures"), count=10, shown=[(0, 0)])
     assert len(seen.images) == len(seen.maps[0]) == 3 and seen.images.shape[1:] == (1, 8, 8)
+
+
+@pytest.mark.parametrize("study, config, options", [
+    ("locality_ablation", "shapes", ["--model", "locality_ablation.SegmentClassification",
+                                     "--data", "locality_ablation.SegmentedImages",
+                                     "--data.segmentation", "locality_ablation.Slic"]),
+    ("diffusion", "digits", ["--data.autoencoder", "null", "--data.image_size", "8"]),
+    ("diffusion", "autoencoder_digits", []),
+])  # fmt: skip
+def test_models_of_another_kind_are_refused(command: Callable, study: str, config: str, options: list[str]) -> None:
+    outcome = command("fit", "--run_name", "a", *options, *TWO_STEPS, small=False, study=study,
+                      config=ROOT / study / f"configs/{config}.yaml")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    with pytest.raises(InputError, match="has no attention over the pixels or patches of images"):
+        main([f"runs/{study}/a"])
+
+
+def test_maps_are_over_pictures_that_all_runs_saw(runs: dict[str, Path], command: Callable) -> None:
+    assert command("fit", "--run_name", "b", *TWO_STEPS, small=False, study="supervised",
+                   config=ROOT / "supervised/configs/shapes.yaml").code == 0
+    both = [str(runs["mae"]), "runs/supervised/b", "--count", "5"]
+    with pytest.raises(InputError, match="was trained on shapes.*, and those before it on .*digits.*--images"):
+        main([*both, "--shows", "maps"])
+    assert main(both) == 0
 
 
 @pytest.mark.parametrize("options, message", [

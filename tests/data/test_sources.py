@@ -126,6 +126,17 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
         source.read(Path(), "train")
 
 
+def test_train_may_be_a_class(tmp_path: Path) -> None:
+    """As in COCO; but not beside val, where pictures without classes would become two of them."""
+    for name in ("car/1.jpg", "train/2.jpg"):
+        archives.picture(tmp_path / name)
+    source = ImageFolder(str(tmp_path))
+    assert source.class_names(Path()) == ["car", "train"]
+    archives.picture(tmp_path / "val/3.jpg")
+    with pytest.raises(InputError, match="train: holds no class folders"):
+        source.class_names(Path())
+
+
 def test_a_folder_without_splits_is_dealt_out_for_good(tmp_path: Path) -> None:
     for i in range(300):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)

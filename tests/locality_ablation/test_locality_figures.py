@@ -183,6 +183,9 @@ def test_what_has_no_positions_is_refused(tmp_path, monkeypatch, capsys):
     torch.save(torch.load(file) | {"state_dict": {"net.head.bias": torch.zeros(2)}}, file)
     assert "its model has no position table" in error(
         positions.main, [file, "--figure", "f.png"], monkeypatch, capsys)
+    torch.save({"model": {"pos_embed": torch.zeros(1, 5, 2)}}, tmp_path / "published.pth")
+    with pytest.raises(InputError, match="published.pth: not a checkpoint of this suite"):
+        positions.similarity(str(tmp_path / "published.pth"))
     for nothing in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match=f"^{nothing}: not a run folder with a checkpoint"):
             positions.similarity(str(nothing))

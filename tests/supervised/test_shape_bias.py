@@ -74,6 +74,23 @@ def test_published_decisions_are_read_without_a_model(tmp_path: Path, capsys: py
     assert "66.7" in capsys.readouterr().out and (tmp_path / "bias.png").stat().st_size > 10_000
 
 
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """Else the second would stand for both."""
+    for name in ("a.csv", "b.csv"):
+        published(tmp_path / name)
+    files = [word for name in ("a.csv", "b.csv") for word in ("--decisions", str(tmp_path / name))]
+    with pytest.raises(InputError, match="b.csv: subject-01 is the name of an earlier run or subject"):
+        main(files)
+
+
+def test_a_file_that_is_cut_within_a_row_is_named(tmp_path: Path) -> None:
+    published(tmp_path / "a.csv")
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text(text[: text.rindex(",")])
+    with pytest.raises(InputError, match="a.csv, line 1281: imagename None does not end in -TEXTURE1.png"):
+        read_decisions(tmp_path / "a.csv")
+
+
 @pytest.fixture
 def shapes(command: Callable) -> Path:
     outcome = command("fit", "--run_name", "both", "--data.source.label", "both", "--data.source.train", "256",
