@@ -175,6 +175,10 @@ class ImageData(GlobalBatchData):
         device = self.trainer.strategy.root_device
         return device.type == "cuda" and 4 * size <= device_memory(device)
 
+    @property
+    def held_bytes(self) -> int:
+        return sum(values.nbytes for values in self.held.values())
+
     def _held(self, labels: Tensor, **images: Tensor) -> HeldSet:
         device = self.trainer.strategy.root_device
         self.held = {name: values.to(device) for name, values in images.items()}

@@ -112,6 +112,11 @@ class GlobalBatchData(L.LightningDataModule):
         self.sets: dict[str, Dataset] = {}
         self.arrived: Callable[[], None] = lambda: None  # called when a batch has come out of a loader
 
+    @property
+    def held_bytes(self) -> int:
+        """Of images that lie on the device throughout."""
+        return 0
+
     def load(self, split: str) -> Dataset:
         """The data set of a split: train, val, test or predict."""
         raise InputError(f"{type(self).__name__} has no split {split!r}")

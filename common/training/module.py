@@ -148,7 +148,8 @@ class Experiment(L.LightningModule):
         return {}
 
     def images_that_fit(self, data: GlobalBatchData) -> int:
-        """The most images that a training step can hold on this device: 0.7 of its memory, less the weights' share.
+        """The most images that a training step can hold on this device: 0.7 of the memory that its data leave, less the
+        weights' share.
 
         0 where not even one fits.
         """
@@ -156,7 +157,7 @@ class Experiment(L.LightningModule):
             cost = self.cost(self.built(data))
         # In fp32 weights, gradients, two moments, an average; and a bf16 copy. In fp64 the five alone.
         weights = (40 if self.precision == "64-true" else 22) * cost.parameters
-        room = 0.7 * device_memory(self.trainer.strategy.root_device) - weights
+        room = 0.7 * (device_memory(self.trainer.strategy.root_device) - data.held_bytes) - weights
         share = getattr(self.trainer.strategy, "kept_share", 1)  # of an image's activations, where devices share it
         return max(int(room / (share * cost.activation_bytes)), 0)
 

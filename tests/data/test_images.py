@@ -70,6 +70,7 @@ def test_images_that_the_device_holds_make_the_same_batches(workers: int) -> Non
     sent, held = (attached(ImageData(Shapes(24, train=12), (16, 20), 4, augment=CROP, on_device=choice), training=True)
                   for choice in (False, True))
     some = draws(7, 3, 10, 3)
+    assert (held.held_bytes, sent.held_bytes) == (12 * 3 * 24 * 24, 0)
     assert "image" not in held.sets["train"].__getitems__(some) and len(held.sets["train"]) == 12
     there, expected = (loaded(data, "train", some, workers) for data in (held, sent))
     assert there.keys() == expected.keys() and there["image"].equal(expected["image"])

@@ -11,7 +11,7 @@ from diffusion.generation import Generation
 from supervised import Classification
 
 DATA = SimpleNamespace(image_size=(8, 8), channels=1, class_names=list("abcd"), input_size=(8, 8), input_channels=1,
-                       classes=4)  # fmt: skip
+                       classes=4, held_bytes=0)  # fmt: skip
 
 
 def experiment(kind: type, memory: int, monkeypatch) -> Classification | Generation:
@@ -63,3 +63,10 @@ def test_training_with_auto_is_training(command, tmp_path):
     assert outcome.code == 0
     # No part of the config's identity: the same run goes on with another number.
     assert command("fit", "--model.checkpoint_blocks", "1", "--run_name", "a").out.startswith("finished: ")
+
+
+def test_what_the_data_hold_on_the_device_is_no_room(monkeypatch):
+    holding = SimpleNamespace(**{**vars(DATA), "held_bytes": 5 * 10**8})
+    fitting = experiment(Classification, 5 * 10**8, monkeypatch).images_that_fit(DATA)
+    module = experiment(Classification, 10**9, monkeypatch)
+    assert module.images_that_fit(holding) == fitting < module.images_that_fit(DATA)
