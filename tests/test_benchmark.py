@@ -319,7 +319,9 @@ def test_a_step_of_any_study_trains_its_net(config: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     path = Path(CONFIG).parents[2] / config
     narrow = [] if "autoencoder" in config else ["--model.width", "16", "--model.heads", "2", "--model.depth", "2"]
+    torch.set_float32_matmul_precision("highest")
     module, data = step.experiment(str(path), narrow, 4, compiled=None)
+    assert torch.get_float32_matmul_precision() == "high"  # as `fit` has it, for GPUs
     assert not module.compiled and module.net.training
     taken = step.Step(module, data.random_batch(4))
     before = [parameter.detach().clone() for parameter in module.net.parameters()]

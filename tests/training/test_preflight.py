@@ -1,5 +1,6 @@
 """A job whose tasks are not the Trainer's devices ends at once, and is told what would agree."""
 
+import atexit
 import os
 import time
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from lightning.fabric.accelerators.mps import MPSAccelerator
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 
 from common.errors import InputError
 from common.training.cli import StudyCLI
@@ -123,3 +125,19 @@ def test_apples_gpu_is_not_taken_by_itself(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     cli = StudyCLI("supervised", ["check", "--config", "supervised/configs/digits.yaml", "--runs", str(tmp_path)])
     assert cli.trainer.strategy.root_device.type == "cpu"
+
+
+@pytest.mark.parametrize("error, alone", [(RuntimeError("a cosmic ray"), True), (SystemExit(75), False)])
+def test_a_rank_that_fails_alone_waits_for_no_other_at_its_exit(
+    command: Callable, at: Callable, monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool
+) -> None:
+    """As Lightning's handler would, which takes NCCL's groups down together with all ranks."""
+    unregistered = []
+    monkeypatch.setattr(atexit, "unregister", unregistered.append)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    at("training_step", fail)
+    assert command("fit").code == (1 if alone else 75)
+    assert (_destroy_dist_connection in unregistered) == alone
