@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 # Dense bf16 tensor-core peaks by the makers' data sheets.
-_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-          "RTX 4090": 165e12}  # fmt: skip
+# The first whose name is part of the device's.
+_PEAKS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+          "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # fmt: skip
 
 
 def accelerator(asked: str) -> str:

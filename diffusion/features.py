@@ -173,7 +173,7 @@ def load_classifier(folder: Path) -> Classifier:
         raise InputError(f"extractor: {folder} is neither inception nor the run folder of a classifier")
 
     def check(experiment: Experiment, data: GlobalBatchData) -> None:
-        if not isinstance(data, ImageData) or not hasattr(experiment, "transform"):
+        if experiment.data_class is not ImageData or not hasattr(experiment, "transform"):
             raise InputError(f"extractor: {folder} is a run of {type(experiment).__name__}, which is no classification "
                              "of images")
 

@@ -200,11 +200,12 @@ class Prepared(ImageSet):
         return picture if isinstance(picture, Tensor) else decode(picture, self.channels)
 
     def digest(self) -> str:
-        """That of all pixels; of files their names and classes, and what is done to them: to decode them once more
-        would take hours.
+        """That of all pixels; of files their names, classes and sizes, and what is done to them: to decode them once
+        more would take hours.
         """
         if not isinstance(self.pictures, Tensor):
-            told = fingerprint(self.pictures, self._labels), *self._preparation
+            sizes = [Path(file).stat().st_size for file in self.pictures]
+            told = fingerprint(self.pictures, self._labels), sizes, *self._preparation
             return hashlib.sha256(repr(told).encode()).hexdigest()
         digest = hashlib.sha256()
         for _, images in self.batches(256):

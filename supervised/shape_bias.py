@@ -236,13 +236,6 @@ def _cycle(*values: str) -> Iterator[str]:
         yield from values
 
 
-def _add(found: dict[str, list[Decision]], more: dict[str, list[Decision]], source: Path) -> None:
-    if twice := found.keys() & more.keys():
-        raise InputError(f"{source}: {', '.join(sorted(twice))} is the name of an earlier run or subject, too; look at "
-                         "them one after the other, or rename it")
-    found |= more
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m supervised.shape_bias", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,14 +256,18 @@ def main(arguments: list[str]) -> int:
         from common.training.cli import quieten
 
         quieten()
+    names = [folder.resolve().name for folder in options.folders]
+    read = [read_decisions(file) for file in options.decisions]
+    given = [*names, *(subject for each in read for subject in each)]
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise InputError(f"{', '.join(twice)}: of several runs or subjects; look at them one by one, or rename them")
     found: dict[str, list[Decision]] = {}
-    for folder in options.folders:
-        name = folder.resolve().name
-        _add(found, {name: decisions_of(folder, options.stimuli)}, folder)
+    for name, folder in zip(names, options.folders, strict=True):
+        found[name] = decisions_of(folder, options.stimuli)
         if options.csv:
             write_decisions(options.csv, name, found[name])
-    for file in options.decisions:
-        _add(found, read_decisions(file), file)
+    for each in read:
+        found |= each
     subjects = {name: by_category(decisions) for name, decisions in found.items()}
     for name, counts in subjects.items():
         if not counts:

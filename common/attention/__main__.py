@@ -116,10 +116,12 @@ def print_measures(name: str, measures: Measures) -> None:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Their names, with the study's in front where two are the same."""
-    names = [folder.resolve().name for folder in folders]
-    return [name if names.count(name) == 1 else f"{folder.resolve().parent.name}/{name}"
-            for name, folder in zip(names, folders, strict=True)]
+    """Their names, with the study's in front where two are the same, and as they were typed where that is no help."""
+    paths = [folder.resolve() for folder in folders]
+    for names in ([path.name for path in paths], [f"{path.parent.name}/{path.name}" for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def main(arguments: list[str]) -> int:

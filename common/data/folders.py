@@ -78,13 +78,12 @@ class ImageFolder(Source):
         return self.path.name
 
     def _divided(self) -> bool:
-        """Whether `train` is a split; alone, and without folders in it, it is a class of trains."""
-        train = self.path / "train"
-        beside = any((self.path / split).is_dir() for split in ("val", "test"))
-        return train.is_dir() and (beside or any(entry.is_dir() for entry in train.iterdir()))
+        return (self.path / "train").is_dir()
 
     def class_names(self, root: Path) -> list[str]:
-        return folders_of(self.path / "train" if self._divided() else self.path, self.layout)
+        if self._divided():
+            return folders_of(self.path / "train", f"{self.layout}, where no class is called train")
+        return folders_of(self.path, self.layout)
 
     def read(self, root: Path, split: str) -> Pictures:
         classes = self.class_names(root)

@@ -20,6 +20,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -36,7 +37,7 @@ from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_
 from common.training.curves import Curves
 from common.training.events import Events
 from common.training.initialisation import REQUIRED, check_source
-from common.training.lock import RunLock
+from common.training.lock import LostRunFolder, RunLock
 from common.training.messages import class_help, explain, given_configs, with_extended
 from common.training.module import Experiment
 from common.training.nonfinite import SkipNonFinite
@@ -205,8 +206,7 @@ class StudyCLI(LightningCLI):
 
     def _before_fit(self) -> None:
         self._check_trainer()
-        # Started by Lightning's own launcher, the first process of every node is rank 0 until there is a Trainer.
-        if rank_zero_only.rank == 0 and _node() == 0:
+        if rank_zero_only.rank == 0 and not self._of_another_node():
             self.lock.acquire()
             self.closing.callback(self.lock.release)
         self.options.overwrite &= not run.restarted(self.folder)
@@ -227,6 +227,13 @@ class StudyCLI(LightningCLI):
         self.checkpoint = newest_readable(self.folder / "checkpoints") or self._continued()
         self._check_source()
 
+    def _of_another_node(self) -> bool:
+        """Whether this is another node's first process under Lightning's own launcher, which takes itself for rank 0
+        until there is a Trainer.
+        """
+        several = self.options.trainer.num_nodes > 1 and _get_rank() is None
+        return several and int(os.environ.get("NODE_RANK", 0)) > 0
+
     def _check_source(self) -> None:
         if self.checkpoint is None and self.options.init_from is not None:
             check_source(self.options.init_from)
@@ -237,8 +244,9 @@ class StudyCLI(LightningCLI):
             if getattr(trainer, name) not in (None, False, 0, inspect.signature(L.Trainer).parameters[name].default):
                 raise InputError(f"trainer.{name}: {getattr(trainer, name)} is not used; {instead}")
         if str(trainer.precision) in ("16", "16-mixed", "16-true"):
-            raise InputError(f"trainer.precision: {trainer.precision} is not used: under its loss scaler "
-                             "gradients cannot be watched; bf16-mixed is as fast, and needs none")
+            raise InputError(f"trainer.precision: {trainer.precision} is not used: fp16 needs a loss "
+                             "scaler, under which gradients cannot be watched, and loses small ones without; take "
+                             "bf16-mixed, or 32-true on a GPU without bf16")
         if (every := trainer.log_every_n_steps) is not None and every < 1:
             raise InputError(f"trainer.log_every_n_steps: {every} is not a positive number of steps")
         if trainer.max_steps not in (-1, None):
@@ -363,18 +371,13 @@ class StudyCLI(LightningCLI):
         return kwargs | own.get(subcommand, {})
 
 
-def _node() -> int:
-    """Of this process, as Lightning's own launcher is told it."""
-    return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
-
-
 def _leave_alone(kind: type[BaseException] | None, *_: object) -> None:
     """Has a rank that fails end at once, so that the others are ended as well.
 
     At exit Lightning takes NCCL's communicators down, for which all ranks have to come: one that fails by itself would
     hang there, unseen by srun and torchrun.
     """
-    if kind is not None and issubclass(kind, Exception):
+    if kind is not None and issubclass(kind, Exception | LostRunFolder):
         atexit.unregister(_destroy_dist_connection)
 
 

@@ -196,8 +196,8 @@ class Experiment(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning, which under mixed precision refuses a fused optimiser though only fp16's scaler, which there is
-        none of, forbids it.
+        """As Lightning's, which refuses a fused optimiser under any mixed precision, though only fp16's scaler would
+        forbid it, and fp16 is refused.
         """
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)

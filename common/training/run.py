@@ -207,6 +207,11 @@ class RunFolder(L.Callback):
             self._amend(trainer, module, "val", whole=trainer.num_val_batches == [len(trainer.val_dataloaders)])
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
+            # Before it is saved: Lightning counts the epoch as whole.
+            raise InputError("trainer.callbacks: one of them has stopped the training within an epoch, at step "
+                             f"{trainer.global_step}; the last checkpoint is kept. Let it stop at an epoch's end, or "
+                             "send the signal of --requeue_signal, after which all is saved")
         self._write(trainer, "running", epoch=trainer.current_epoch + 1)  # Lightning counts it after this hook
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

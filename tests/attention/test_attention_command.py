@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from small import TWO_STEPS
 from torchvision.io import write_png
 
-from common.attention.__main__ import examine, main
-from common.attention.measures import AttentionMeasures
+from common.attention import __main__ as command_line
+from common.attention.__main__ import examine, main, names_of, print_measures
+from common.attention.figures import in_colours, layers_of
+from common.attention.measures import AttentionMeasures, Measures
 from common.errors import InputError
 from common.training.trained import evaluation_batches, load
 
@@ -89,6 +92,45 @@ def test_maps_are_over_pictures_that_all_runs_saw(runs: dict[str, Path], command
     with pytest.raises(InputError, match="was trained on shapes.*, and those before it on .*digits.*--images"):
         main([*both, "--shows", "maps"])
     assert main(both) == 0
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    for typed, names in [(["r/mae/a", "r/mae/b"], ["a", "b"]), (["r/mae/a", "r/other/a"], ["mae/a", "other/a"]),
+                         (["r/mae/a", "s/mae/a"], ["r/mae/a", "s/mae/a"])]:
+        assert names_of([Path(name) for name in typed]) == names
+
+
+def test_thirds_of_the_layers() -> None:
+    assert [list(layers_of(third, 12)) for third in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [len(layers_of(third, 7)) for third in range(3)] == [2, 2, 3]
+
+
+def test_the_printed_means_are_those_of_the_thirds(capsys: pytest.CaptureFixture) -> None:
+    """Of three layers with two heads, each measure apart from the others."""
+    layers = torch.tensor([[0.1, 0.3], [0.4, 0.6], [0.7, 0.9]])
+    print_measures("a", Measures(layers, layers + 1, layers / 10, layers / 100 + 0.5))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[-3:] for row in rows] == [["0.200", "0.500", "0.800"], ["0.020", "0.050", "0.080"],
+                                          ["0.502", "0.505", "0.508"]]
+
+
+@pytest.mark.parametrize("shows", ["distance", "offset", "offset_per_query"])
+def test_the_figure_is_of_the_measure_that_was_asked_for(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shows: str
+) -> None:
+    drawn = []
+    monkeypatch.setattr(command_line, "by_layer_and_head", lambda tables, _: drawn.append(tables) or Figure())
+    assert main([str(runs["mae"]), "--count", "3", "--shows", shows, "--json", "a.json"]) == 0
+    [tables] = drawn
+    numbers = json.loads(Path("a.json").read_text())
+    assert tables["a"].tolist() == numbers["a"][shows]
+    assert len({str(numbers["a"][name]) for name in ("distance", "offset", "offset_per_query")}) == 3
+
+
+def test_pictures_are_in_their_own_colours() -> None:
+    images = torch.tensor([0.0, 1.0, -1.0]).view(1, 3, 1, 1)
+    shown = in_colours(images, (0.5, 0.4, 0.3), (0.2, 0.1, 0.25))
+    torch.testing.assert_close(shown.flatten(), torch.tensor([0.5, 0.5, 0.05]))
 
 
 @pytest.mark.parametrize("options, message", [

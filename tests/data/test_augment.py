@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.augment import FLIP, GREY, JITTER, Augment
+from common.data import colour
+from common.data.augment import FLIP, Augment
 from common.data.crop import adm_crop
 from common.data.loader import Draw
 from common.data.preparation import TrainingPreparation
@@ -44,13 +45,33 @@ def test_images_of_a_batch_have_parameters_of_their_own() -> None:
 
 def test_probabilities() -> None:
     draws = MOCO_CIFAR.draws(0, 0, torch.arange(20_000))
-    for column, share in [(FLIP, 0.5), (JITTER, 0.8), (GREY, 0.2)]:
-        assert abs((draws[:, column] < share).float().mean() - share) < 0.015
+    assert abs((draws[:, FLIP] < 0.5).float().mean() - 0.5) < 0.015
     image = torch.rand(1, 3, 6, 6).expand(2000, -1, -1, -1)
     grey = Augment(grayscale=0.2)
     result = grey.batch((image * 255).byte(), grey.draws(0, 0, torch.arange(2000)), (6, 6), MEAN, STD)
     colourless = (result.amax(1) - result.amin(1)).amax((1, 2)) < 1e-5
     assert abs(colourless.float().mean() - 0.2) < 0.04
+
+
+def test_jitter_has_its_reach_its_probability_and_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision's ColorJitter: factors uniform about 1, of hue about 0, and the operations in any order."""
+    taken = []
+    monkeypatch.setattr(colour, "jitter", lambda images, *drawn: taken.append(drawn) or images)
+    recipe = Augment(jitter=(0.4, 0.3, 0.2, 0.1), jitter_probability=0.8)
+    draws = recipe.draws(0, 0, torch.arange(20_000))
+    recipe.colour(torch.zeros(20_000, 3, 1, 1), draws)
+    [(factors, order)] = taken
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    jittered = factors[(factors != neutral).any(1)] - neutral
+    assert len(jittered) / 20_000 == pytest.approx(0.8, abs=0.015)
+    reach = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    torch.testing.assert_close(jittered.amax(0), reach, atol=1e-3, rtol=0)
+    torch.testing.assert_close(jittered.amin(0), -reach, atol=1e-3, rtol=0)
+    assert (jittered.mean(0) / reach).abs().max() < 0.03 and (jittered.std(0) / reach - 3**-0.5).abs().max() < 0.02
+    orders, times = order.unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and (times / 20_000 * 24 - 1).abs().max() < 0.15
+    mixed = torch.cat([factors, order.float(), draws[:, FLIP, None]], 1).T.corrcoef()
+    assert mixed[:4, 4:].abs().max() < 0.03 and mixed[4:8, 8].abs().max() < 0.03
 
 
 def test_the_default_only_fits() -> None:

@@ -6,6 +6,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from diffusion.evaluation import evaluate
 from diffusion.features import load_classifier
 from diffusion.image_sets import Folder
 from diffusion.initialisation import initialise_dit
+from diffusion.sampling import Sampler
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
 
@@ -333,11 +335,44 @@ def test_without_images_their_number_of_classes_is_enough_to_sample(generation: 
     assert outcome.code == 2 and "data.assumed_classes: 0 is not a positive number" in outcome.err
 
 
-def test_pictures_are_drawn_from_the_average(generation: Callable, tmp_path: Path) -> None:
-    outcome = generation("fit", "--model.picture_epochs", "1", "--model.picture_steps", "2",
-                         "--trainer.max_epochs", "1")  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    assert Image.open(tmp_path / "runs/diffusion/a/figures/samples.png").size[0] > 400
+def test_pictures_and_samples_are_made_by_the_average(
+    generation: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averages, generate = [], Generation.generate
+
+    def watched(module: Generation, sampler: Sampler, net: DiT, *asked: torch.Tensor) -> torch.Tensor:
+        averages.append(net is module.average and net is not module.net)
+        return generate(module, sampler, net, *asked)
+
+    monkeypatch.setattr(Generation, "generate", watched)
+    options = ["--model.picture_epochs", "1", "--model.picture_steps", "2", "--trainer.max_epochs", "1"]
+    assert generation("fit", *options).code == 0
+    assert averages == [True] and Image.open(tmp_path / "runs/diffusion/a/figures/samples.png").size[0] > 400
+    assert generation("predict", *options, *FEW).code == 0
+    assert averages == [True, True]
+
+
+def test_each_step_and_image_has_its_own_noise_and_dropped_labels() -> None:
+    module = Generation(Recipe(lr=0.1))
+    seen = []
+
+    class Watched(torch.nn.Module):
+        classes = 10
+
+        def forward(self, x, t, y, drops):
+            noise = x / (1 - module.process.alphas_cumprod[t]).sqrt()[:, None, None, None]  # the data are 0
+            seen.append((noise.flatten(1), t / 1000, drops))
+            return torch.zeros(len(x), 2, 4, 4)
+
+    module.net = Watched()
+    place = torch.arange(500)
+    batch = {"image": torch.zeros(500, 1, 4, 4), "label": place % 10, "place": place}
+    for step in (0, 1):
+        module.trainer = SimpleNamespace(seed=3, global_step=step)
+        module.training_step(batch, 0)
+    drawn = torch.stack([row for noise, *rest in seen for row in (noise[:, 0].float(), *rest)])
+    assert (drawn.corrcoef() - torch.eye(6)).abs().max() < 0.2  # of 500 pairs: 4.5 deviations
+    assert (torch.cat([noise for noise, *_ in seen]).std() - 1).abs() < 0.05
 
 
 def test_without_classes(generation: Callable, tmp_path: Path) -> None:
@@ -380,6 +415,9 @@ def test_validation_uses_fixed_noise_and_steps() -> None:
         torch.testing.assert_close(x[row], noisy, atol=1e-5, rtol=1e-5)
         errors.append((noisy - noise).square().mean())
     assert values["mse"].item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+    bound = module.process.training_losses(torch.cat([x, torch.zeros_like(x)], 1), images, t,
+                                           normal("evaluation noise", index, n=16).view(6, 1, 4, 4))[1]
+    assert values["loss"].item() == pytest.approx(values["mse"].item() + bound.mean().item(), rel=1e-5)
     assert values["mse_q1"].item() == pytest.approx(((errors[0] + errors[5]) / 2).item(), rel=1e-5)
     assert values["mse_q4"].item() == pytest.approx(((errors[3] + errors[4]) / 2).item(), rel=1e-5)
 

@@ -17,13 +17,16 @@ from forked import Command
 from common.data import Augment, Digits
 from common.data.loader import Draw
 from common.errors import InputError
+from common.randomness import normal
 from diffusion import LatentData, latent_data
 from diffusion import latents as latents_room
 from diffusion.autoencoder import Autoencoder
 from diffusion.latent_set import LatentSet
 from diffusion.latents import main
+from diffusion.published import load_autoencoder
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
+CHOSEN = [0, 9, 4, 250, 77, 3, 12, 100]
 IMAGES = ["--data.image_size", "8", "--data.augment.interpolation", "bilinear"]
 OPTIONS = {"image_channels": 1, "channels": 2, "base": 8, "multipliers": (1, 1), "res_blocks": 1, "groups": 4,
            "codebook_size": 16, "attention": "none"}  # fmt: skip
@@ -43,15 +46,17 @@ def encode(folder: Path, autoencoder: Path, *more: str) -> int:
     return main([str(folder), "--config", str(DIGITS), "--data.autoencoder", str(autoencoder), *IMAGES, *more])
 
 
-def batches(autoencoder: Path, latents: Path | None, epoch: int, split: str = "train") -> dict[str, torch.Tensor]:
+def batches(
+    autoencoder: Path, latents: Path | None, epoch: int, split: str = "train", flip: float = 0.5
+) -> dict[str, torch.Tensor]:
     """What a model is given of a few images."""
-    data = LatentData(Digits(), 8, 128, augment=Augment(flip=0.5), autoencoder=str(autoencoder),
+    data = LatentData(Digits(), 8, 128, augment=Augment(flip=flip), autoencoder=str(autoencoder),
                       latents=str(latents) if latents else None)  # fmt: skip
     data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False,
                                    strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data.load_autoencoder()
     data.sets[split] = data.load(split)
-    draws = [Draw(epoch, index, place) for place, index in enumerate([0, 9, 4, 250, 77, 3, 12, 100])]
+    draws = [Draw(epoch, index, place) for place, index in enumerate(CHOSEN)]
     return data.on_after_batch_transfer(data.sets[split].__getitems__(draws), 0)
 
 
@@ -68,7 +73,21 @@ def test_cached_latents_are_those_of_images_encoded_as_they_come(tmp_path: Path,
             for name, value in fresh.items():
                 torch.testing.assert_close(cached[name], value, atol=1e-5, rtol=1e-4)
     first, second = (batches(autoencoder, tmp_path / "latents", epoch)["image"] for epoch in (0, 1))
-    assert not torch.equal(first, second)  # flips, and for KL the draw
+    assert not torch.equal(first, second)  # flips
+
+
+def test_kl_latents_are_drawn_anew_in_every_epoch(tmp_path: Path) -> None:
+    """The posterior's mean and deviation times standard normal draws, by seed, epoch and index."""
+    file = save(tmp_path / "autoencoder.ckpt", "kl")
+    net = load_autoencoder(str(file))
+    images = Digits().read(Path(), "train").images[torch.tensor(CHOSEN)].float() / 127.5 - 1
+    with torch.no_grad():
+        mean, log_variance = net.moments(images).chunk(2, dim=1)
+    for epoch in (0, 1):
+        latents = net.denormalise(batches(file, None, epoch, flip=0.0)["image"])
+        drawn = (latents - mean) / (log_variance / 2).exp()
+        expected = normal("latent", 3, epoch, torch.tensor(CHOSEN), n=2 * 4 * 4).view(8, 2, 4, 4)
+        torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:

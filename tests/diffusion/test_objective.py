@@ -223,3 +223,16 @@ def test_similarity_is_measured_in_fp32_under_bf16():
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         module.evaluate(lambda _: perfect, {"image": images}, scores)
     assert scores["ssim"].compute().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_posterior_is_drawn_anew_in_every_step():
+    module = AutoencoderTraining(Recipe(lr=1e-3), perceptual="none", kind="kl")
+    module.net = players("kl", 3).net
+    batch = {"image": torch.zeros(6, 3, 16, 16), "place": torch.arange(6)}
+    drawn = []
+    for step in (0, 1):
+        module.trainer = SimpleNamespace(seed=0, global_step=step)
+        drawn.append(module._noise(batch))
+    rows = torch.stack(drawn).flatten(2).flatten(0, 1)
+    assert (rows.corrcoef() - torch.eye(12)).abs().max() < 0.6 and (rows.std() - 1).abs() < 0.1
+    assert drawn[0].shape == module.net.moments(batch["image"]).chunk(2, dim=1)[0].shape

@@ -54,6 +54,22 @@ def test_ddpm_visits_the_steps_of_adm():
     assert net.calls[:4] == [999, 995, 991, 987] and net.calls[-2:] == [4, 0]
 
 
+def test_ddpm_adds_new_noise_in_every_step(monkeypatch):
+    added, p_sample = [], GaussianDiffusion.p_sample
+
+    def watched(process, output, x, t, noise):
+        added.append(noise)
+        return p_sample(process, output, x, t, noise)
+
+    monkeypatch.setattr(GaussianDiffusion, "p_sample", watched)
+    numbers = torch.arange(80)
+    sampler = Sampler(GaussianDiffusion(), "ddpm", 10)
+    sampler(Points(), numbers, torch.zeros(80, dtype=torch.long))
+    rows = torch.stack([noise.flatten() for noise in [sampler.noise("sample", numbers, (2, 3, 4)), *added]])
+    assert len(rows) == 1 + 10 and rows.mean(1).abs().max() < 0.1 and (rows.std(1) - 1).abs().max() < 0.1
+    assert (rows.corrcoef() - torch.eye(11)).abs().max() < 0.1
+
+
 class Normal(torch.nn.Module):
     """Knows the noise exactly where all data are normal numbers of this mean and deviation."""
 

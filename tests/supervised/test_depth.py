@@ -18,6 +18,7 @@ from common.model import VisionTransformer
 from common.training.optim import Recipe, parameter_groups
 from supervised.depth import Depth
 from supervised.depth_data import DepthData
+from supervised.depth_loss import gradient_loss, log_residual, sig_loss
 from supervised.depth_net import DepthNet
 from supervised.rooms import Rooms
 
@@ -226,3 +227,20 @@ def test_a_bare_off_in_yaml_is_off():
     parser.add_class_arguments(Depth, "model")
     config = parser.parse_string("model: {gradient_loss: off, optim: {lr: 1.0}}")
     assert parser.instantiate(config).model.gradient_weight == 0
+
+
+@pytest.mark.parametrize("kind, weight, step", [("spatial", 0.5, 200), ("spatial", 2.0, 200), ("off", 0.5, 200),
+                                                ("spatial", 0.5, 5)])
+def test_the_loss_is_the_sum_of_its_terms(kind: str, weight: float, step: int) -> None:
+    module = Depth(Recipe(lr=1.0), gradient_loss=kind, gradient_weight=weight, sig_warmup=100)
+    module.trainer = SimpleNamespace(global_step=step)
+    prediction, truth = 1 + torch.rand(2, 1, 6, 8), 1 + torch.rand(2, 1, 6, 8)
+    module.net = net = torch.nn.Identity()
+    net.backbone = SimpleNamespace(drop_path=0)
+    net.forward = lambda images, drops: prediction
+    valid = torch.ones_like(truth, dtype=torch.bool)
+    residual = log_residual(prediction, truth, valid)
+    expected = sig_loss(residual, valid, mean_only=step < 100)
+    if kind == "spatial":
+        expected = expected + weight * gradient_loss(residual, valid)
+    torch.testing.assert_close(module.training_step({"image": truth, "depth": truth}, 0), expected)

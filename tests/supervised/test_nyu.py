@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import archives
 import h5py
@@ -13,8 +14,10 @@ from scipy.io import savemat
 
 from common.data.loader import Draw
 from common.errors import InputError
-from supervised.depth_data import DepthSet
-from supervised.nyu import EIGEN_CROP, Nyu
+from common.training.optim import Recipe
+from supervised.depth import Depth
+from supervised.depth_data import DepthData, DepthSet
+from supervised.nyu import Nyu
 
 N = 5
 
@@ -90,15 +93,24 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(root):
     alone = one.__getitems__([Draw(7, 1, 0)])
     together = one.__getitems__([Draw(7, 0, 3), Draw(7, 1, 9)])
     assert torch.equal(alone["image"][0], together["image"][1])
-    variants = [one.__getitems__([Draw(epoch, 1, 0)])["image"] for epoch in range(4)]
-    variants += [other.__getitems__([Draw(7, 1, 0)])["image"]]
-    assert len({variant.sum().item() for variant in variants}) > 2
+    ours, theirs = ([each.__getitems__([Draw(epoch, 1, 0)])["image"] for epoch in range(4)] for each in (one, other))
+    assert len({image.sum().item() for image in ours}) > 2
+    assert not all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def test_the_eigen_crop_is_eigen_s():
-    kept = torch.zeros(480, 640)
-    kept[EIGEN_CROP] = 1
+def test_training_has_the_border_crop_and_evaluation_eigen_s(root):
+    """As those who train and evaluate on NYU cut; and images are normalised by ImageNet's numbers."""
+    data = DepthData(Nyu(), (48, 64), 16, root=str(root))
+    data.trainer = SimpleNamespace(seed=0)
+    kept, trained = torch.zeros(480, 640), torch.zeros(480, 640)
+    kept[Depth(Recipe(lr=1.0)).metrics(data)["full"].crop] = 1
     assert kept.sum() == 426 * 560 and kept[45, 41] == 1 and kept[470, 600] == 1
+    trained[data.load("train").crop] = 1
+    assert trained.sum() == 427 * 565 and trained[45, 43] == 1 and trained[471, 607] == 1
+    assert data.load("val").crop is None
+    colour = torch.tensor([0.485 + 0.229, 0.456, 0.406 - 2 * 0.225]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    normalised = data.on_after_batch_transfer({"image": colour}, 0)["image"]
+    torch.testing.assert_close(normalised[0, :, 0, 0], torch.tensor([1.0, 0.0, -2.0]), atol=1e-5, rtol=0)
 
 
 def test_lists_read_millimetres_and_take_leading_slashes_and_focal_lengths(root):

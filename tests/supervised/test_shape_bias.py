@@ -79,7 +79,7 @@ def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         published(tmp_path / name)
     files = [word for name in ("a.csv", "b.csv") for word in ("--decisions", str(tmp_path / name))]
-    with pytest.raises(InputError, match="b.csv: subject-01 is the name of an earlier run or subject"):
+    with pytest.raises(InputError, match="subject-01: of several runs or subjects"):
         main(files)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data.loader import GlobalBatchData
+from common.device import peak_flops
 from common.training.checkpoints import Checkpoints, read
 from common.training.curves import Curves
 from supervised import Classification
@@ -161,3 +162,10 @@ def test_a_diverged_command_leaves_with_1_and_says_where(command: Callable, tmp_
     assert "at step " in outcome.err and "Traceback" not in outcome.err
     results = json.loads((tmp_path / "runs/supervised/wild/results.json").read_text())
     assert results["status"] == "failed" and results["error"].startswith("FloatingPointError")
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+                                        ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12),
+                                        ("NVIDIA A100-SXM4-80GB", 312e12), ("Tesla T4", None)])
+def test_peaks_are_those_of_the_makers_data_sheets(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak

@@ -236,6 +236,25 @@ def test_a_training_that_a_callback_ends_is_not_finished(command, tmp_path, monk
     assert (results(folder)["status"], results(folder)["epoch"]) == ("finished", 2)
 
 
+def test_a_training_that_a_callback_ends_within_an_epoch_loses_what_is_not_saved(command, tmp_path):
+    """Lightning counts such an epoch as whole: saved so, its other steps would never be trained."""
+
+    def stop(module: Classification, *_: object) -> None:
+        module.trainer.should_stop = module.trainer.global_step == 14
+
+    assert command("fit", "--run_name", "whole", *LOGGED).code == 0
+    with pytest.MonkeyPatch.context() as early:
+        early.setattr(Classification, "on_train_batch_end", stop)
+        outcome = command("fit", "--run_name", "a", *LOGGED)
+    assert outcome.code == 2 and "stopped the training within an epoch, at step 14" in outcome.err
+    folder, whole = tmp_path / "runs/supervised/a", tmp_path / "runs/supervised/whole"
+    assert results(folder)["status"] == "failed"
+    assert read(folder / "checkpoints/last.ckpt")["global_step"] == 12
+    assert command("fit", "--run_name", "a", *LOGGED).code == 0
+    one, other = (read(place / "checkpoints/last.ckpt")["state_dict"] for place in (folder, whole))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_a_start_that_failed_leaves_no_config(command, tmp_path, monkeypatch):
     with monkeypatch.context() as fault:
         fail_at(fault, 0)

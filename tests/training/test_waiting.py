@@ -50,8 +50,10 @@ def on_gpu(net: nn.Module) -> Iterator[None]:
                 module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = torch.empty_like(buffer, device="cuda")
-        yield
-    device._made.cache_clear()
+        try:
+            yield
+        finally:
+            device._made.cache_clear()
 
 
 def arrived(data: GlobalBatchData) -> dict[str, Tensor]:
