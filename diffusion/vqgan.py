@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -130,7 +131,8 @@ class AutoencoderTraining(Experiment):
     @cached_property
     def perceptual(self) -> LPIPS | None:
         """Frozen, and kept where neither checkpoints nor the optimiser nor a change of precision find it."""
-        return LPIPS().load(self.trainer.datamodule.root).to(self.device) if self.lpips else None
+        with torch.inference_mode(False):  # what a validation asked for first, a training will use
+            return LPIPS().load(self.trainer.datamodule.root).to(self.device) if self.lpips else None
 
     def _adversary(self, net: Autoencoder) -> PatchDiscriminator | None:
         return self.objective.adversary.build(net.config["image_channels"], self.image_size)
@@ -173,11 +175,9 @@ class AutoencoderTraining(Experiment):
     def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         images, step = batch["image"], self.trainer.global_step
         players = Players(self.net, self.discriminator, self.perceptual)
-        reduce = self.trainer.strategy.reduce
-        mean_over_ranks = partial(reduce, reduce_op="mean")
-        loss, terms, out = self.objective(players, images, self._noise(batch), step, mean_over_ranks)
+        loss, terms, out = self.objective(players, images, self._noise(batch), step, _mean_over_ranks)
         if out.indices is not None:
-            self.code_counts += reduce(add_counts(torch.zeros_like(self.code_counts), out.indices), reduce_op="sum")
+            self.code_counts += _sum_over_ranks(add_counts(torch.zeros_like(self.code_counts), out.indices))
         if self.discriminator is not None and "discriminator" not in terms:
             # Distributed training waits for a gradient of every parameter in every step.
             loss = loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
@@ -321,3 +321,14 @@ def in_colours(images: Tensor) -> Tensor:
 def in_bytes(images: Tensor) -> Tensor:
     """Images from [-1, 1] to uint8, rounded."""
     return (255 * in_colours(images)).round().byte()
+
+
+def _sum_over_ranks(value: Tensor) -> Tensor:
+    """In place, and without the barrier of Lightning's `reduce`, in which the host would wait for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    return _sum_over_ranks(value) / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -43,7 +43,7 @@ class PermutedClassification(Classification):
     def _compare(self, order: Tensor | None) -> None:
         """With the order of the pixels that the source was trained on; one that keeps none saw images intact."""
         own = self.permuted.order
-        if not torch.equal(own, torch.arange(len(own)) if order is None else order):
+        if not torch.equal(own, torch.arange(len(own), device=own.device) if order is None else order):
             rank_zero_warn(f"--init_from: {self.init_from} was trained under another permutation; model.permutation's "
                            "is used")
 

@@ -9,9 +9,11 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -37,14 +40,14 @@ from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_
 from common.training.curves import Curves
 from common.training.events import Events
 from common.training.initialisation import REQUIRED, check_source
-from common.training.lock import LostRunFolder, RunLock
+from common.training.lock import RunLock
 from common.training.messages import class_help, explain, given_configs, with_extended
 from common.training.module import Experiment
 from common.training.nonfinite import SkipNonFinite
 from common.training.options import OPTIONS, OVERRULED
 from common.training.preflight import check_devices, check_tasks
 from common.training.progress import Progress
-from common.training.requeue import Requeue
+from common.training.requeue import STOPPED, Requeue
 from common.training.trainer import Trainer
 from common.training.watchdog import Watchdog
 
@@ -85,7 +88,7 @@ class StudyCLI(LightningCLI):
         self.closing = contextlib.ExitStack()  # what the command holds while it runs
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect on CPU
         with self.closing:
-            self.closing.push(_leave_alone)
+            self.closing.push(self._leave_alone)
             if run:
                 self.closing.callback(end_loaders)
             self._run()
@@ -315,6 +318,7 @@ class StudyCLI(LightningCLI):
             callbacks += [SkipNonFinite()] * skip + [self._requeue()]
         given = self._get(self.config_init, "trainer")
         own = given.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
         slurm = []
         if SLURMEnvironment.detect():
             check_tasks()
@@ -331,6 +335,10 @@ class StudyCLI(LightningCLI):
             check_devices(trainer.num_nodes, trainer.num_devices)
         # Its handlers save, and wait for other ranks, in mid-step; ours only note what came.
         trainer._signal_connector.register_signal_handlers = lambda: None
+        # With several ranks it asks in every micro-batch for a signal that so never comes, and waits for the device.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if hasattr(trainer.strategy, "_timeout"):  # of collectives; the watchdog is to be first, and says where
+            trainer.strategy._timeout = timedelta(seconds=2 * self.options.hang_timeout or 10**7)
         # The checkpoint that was found here and no other: inside Slurm Lightning would take any hpc_ckpt_*.ckpt about.
         trainer._checkpoint_connector._parse_ckpt_path = lambda _, path, **__: path
         trainer.seed = self.options.seed_everything
@@ -338,6 +346,20 @@ class StudyCLI(LightningCLI):
         on_gpu = trainer.strategy.root_device.type == "cuda"
         self.model.compiled = on_gpu if self.options.compile is None else self.options.compile
         return trainer
+
+    def _leave_alone(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Has a rank that fails end at once, and the others with it.
+
+        At exit Lightning takes NCCL's communicators down, for which all ranks have to come: one that fails by itself
+        would hang there, unseen by srun and torchrun. And ranks that Lightning has started itself would wait for the
+        first until their watchdogs bark.
+        """
+        if kind is None or kind is SystemExit and error.code == STOPPED:  # which all ranks do together
+            return
+        atexit.unregister(_destroy_dist_connection)
+        trainer = getattr(self, "trainer", None)  # of a command that came so far
+        if trainer is not None and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
 
     def _requeue(self) -> Requeue:
         requeue = Requeue(self.options.requeue_signal)
@@ -369,16 +391,6 @@ class StudyCLI(LightningCLI):
         kwargs |= {"ckpt_path": self.checkpoint, "weights_only": True}
         own = {"validate": {"verbose": False}, "test": {"verbose": False}, "predict": {"return_predictions": False}}
         return kwargs | own.get(subcommand, {})
-
-
-def _leave_alone(kind: type[BaseException] | None, *_: object) -> None:
-    """Has a rank that fails end at once, so that the others are ended as well.
-
-    At exit Lightning takes NCCL's communicators down, for which all ranks have to come: one that fails by itself would
-    hang there, unseen by srun and torchrun.
-    """
-    if kind is not None and issubclass(kind, Exception | LostRunFolder):
-        atexit.unregister(_destroy_dist_connection)
 
 
 def _one_spelling(path: str) -> str:

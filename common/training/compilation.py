@@ -18,6 +18,8 @@ def compile_blocks(net: nn.Module, backend: str = "inductor") -> None:
     keeps it on disk for the next start. A copy of the net runs as before. Results agree to rounding.
     """
     torch._dynamo.config.recompile_limit = FORMS
+    # Blocks are reduced one after the other as they are; for whole nets torch would cut them by DDP's buckets.
+    torch._dynamo.config.optimize_ddp = False
     for row in block_lists(net):
         for block in row:
             block.compile(backend=backend, dynamic=False)

@@ -105,17 +105,21 @@ class Experiment(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.net is None:
-            # On the CPU, whose generator is seeded: a run starts from the same weights on every device.
-            with torch.device("cpu"), seeded("init", self.trainer.seed):
-                self.net = self.built(self.trainer.datamodule)
-            if self.init_from:
-                self.initialised = self.initialise(self.net, self.init_from)
-                if self.trainer.state.fn != "fit" and self.initialised["missing"]:
-                    raise InputError(f"--init_from: {self.init_from} lacks {', '.join(self.initialised['missing'][:3])}"
-                                     f" ({len(self.initialised['missing'])} in all), without which there is nothing to "
-                                     f"{self.trainer.state.fn.value}; fit trains them")
+            # On the CPU, where Lightning would build on the GPU: a run starts from the same weights on every device.
+            with torch.device("cpu"):
+                self._build()
             if self.compiled:
                 compile_blocks(self.net)
+
+    def _build(self) -> None:
+        with seeded("init", self.trainer.seed):
+            self.net = self.built(self.trainer.datamodule)
+        if self.init_from:
+            self.initialised = self.initialise(self.net, self.init_from)
+            if self.trainer.state.fn != "fit" and self.initialised["missing"]:
+                raise InputError(f"--init_from: {self.init_from} lacks {', '.join(self.initialised['missing'][:3])} "
+                                 f"({len(self.initialised['missing'])} in all), without which there is nothing to "
+                                 f"{self.trainer.state.fn.value}; fit trains them")
 
     def built(self, data: GlobalBatchData) -> nn.Module:
         """The net, with the number of blocks that recompute their activations where that was left to us."""

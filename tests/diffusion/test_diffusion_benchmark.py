@@ -34,6 +34,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "BATCH", 8)
+    monkeypatch.setattr(benchmark, "has_bf16", lambda: True)
 
 
 @pytest.fixture
@@ -105,8 +106,14 @@ def test_the_plain_loop_takes_the_trainers_steps(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
 
 
-def test_the_plain_loop_is_under_bf16_and_timed_after_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bf16, precision, numbers", [(True, "bf16-mixed", torch.bfloat16),
+                                                      (False, "32-true", torch.float32)])
+def test_the_plain_loop_has_the_trainers_precision_and_is_timed_after_its_first_step(
+    bf16: bool, precision: str, numbers: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "has_bf16", lambda: bf16)
     cli = benchmark.trained(2, STEPS)
+    assert cli.trainer.precision == precision
     seen, build = [], cli.model.build
 
     def watched(data):
@@ -117,7 +124,7 @@ def test_the_plain_loop_is_under_bf16_and_timed_after_its_first_step(monkeypatch
     monkeypatch.setattr(cli.model, "build", watched)
     monkeypatch.setattr(time, "perf_counter", lambda: 5.0 * len(seen))  # a forward takes 5 s, and nothing else does
     assert benchmark.plain_loop(cli.model, cli.datamodule) == 5.0
-    assert seen == [torch.bfloat16] * STEPS
+    assert seen == [numbers] * STEPS
 
 
 def test_row_of_the_step(fake_seconds) -> None:

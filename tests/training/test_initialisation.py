@@ -137,6 +137,18 @@ def test_the_initial_weights_do_not_depend_on_the_device(train: Callable):
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
 
 
+def test_weights_are_compared_where_they_were_read(train: Callable, tmp_path: Path):
+    """On the CPU, whatever Lightning builds on: a table of positions may be that of sines, or need resampling."""
+    trainer = train(Checkpoints(), folder="source")
+    module = Classification(trainer.lightning_module.optim, **trainer.lightning_module.vit)
+    module.trainer, module.init_from = trainer, str(tmp_path / "source")
+    with torch.device("meta"):
+        module.configure_model()
+    expected = state_dict_of(tmp_path / "source")
+    assert all(torch.equal(value, expected[name]) for name, value in module.net.state_dict().items()
+               if not name.startswith("head"))
+
+
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"name": "vit"}}])
 def test_a_file_without_weights_is_named(tmp_path: Path, content):
     torch.save(content, tmp_path / "odd.pth")

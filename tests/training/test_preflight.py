@@ -2,13 +2,17 @@
 
 import atexit
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import ROOT
 from lightning.fabric.accelerators.mps import MPSAccelerator
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from small import SMALL
 
 from common.errors import InputError
 from common.training.cli import StudyCLI
@@ -143,3 +147,42 @@ def test_a_rank_that_fails_alone_waits_for_no_other_at_its_exit(
     at("training_step", fail)
     assert command("fit").code
     assert (_destroy_dist_connection in unregistered) == alone
+
+
+def test_a_step_of_several_ranks_asks_nothing_of_lightnings_handlers(tmp_path: Path) -> None:
+    """Which have been replaced: it would wait for the device in every micro-batch. Without a group it would raise."""
+    cli = StudyCLI("supervised", ["check", "--config", "supervised/configs/digits.yaml", "--runs", str(tmp_path),
+                                  *CPUS, "2", "--hang_timeout", "7200"])  # fmt: skip
+    cli.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert cli.trainer.strategy._timeout.total_seconds() > 7200  # the watchdog's word before NCCL's
+
+
+FAILING = """
+import os, pathlib, time
+import lightning as L
+
+class Failing(L.Callback):
+    def on_train_start(self, trainer, module):
+        ready = pathlib.Path("ready")
+        if trainer.global_rank:
+            ready.write_text(str(os.getpid()))
+            time.sleep(600)
+        while not (ready.is_file() and ready.read_text()):
+            time.sleep(0.01)
+        raise OSError(28, "the disk is full")
+"""
+
+
+def test_ranks_that_lightning_started_end_with_the_first(tmp_path: Path) -> None:
+    """It fails by itself, while the other would wait for minutes."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = ["-m", "supervised", "fit", "--config", ROOT / "supervised/configs/digits.yaml", *SMALL, *CPUS, "2",
+             "--trainer.callbacks", "failing.Failing"]  # fmt: skip
+    outcome = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                             timeout=200)  # fmt: skip
+    assert outcome.returncode == 1 and "the disk is full" in outcome.stderr
+    rank = Path("/proc", (tmp_path / "ready").read_text())
+    deadline = time.monotonic() + 20
+    while rank.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not rank.is_dir()
