@@ -67,7 +67,7 @@ def test_a_training_is_that_of_one_device(tmp_path: Path, one: dict) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("strategy", ["fsdp2", "sequence"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "sequence"])
 def test_compiled_blocks_train_alike_under_every_strategy(tmp_path: Path, one: dict, strategy: str) -> None:
     """By inductor, which takes minutes on a CPU the first time; the hooks of a strategy are within what it compiles."""
     ours = finish(tmp_path, "compiled", "--trainer.devices", "2", "--trainer.strategy", strategy, "--compile", "true")
