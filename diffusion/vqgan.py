@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from common.data import ImageData
 from common.data.loader import Draw
 from common.errors import InputError
+from common.parallel.reduction import mean_over_ranks, sum_over_ranks
 from common.randomness import normal, permutation, seeded
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe, adamw, lr_schedule, parameter_groups
@@ -175,9 +175,9 @@ class AutoencoderTraining(Experiment):
     def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         images, step = batch["image"], self.trainer.global_step
         players = Players(self.net, self.discriminator, self.perceptual)
-        loss, terms, out = self.objective(players, images, self._noise(batch), step, _mean_over_ranks)
+        loss, terms, out = self.objective(players, images, self._noise(batch), step, mean_over_ranks)
         if out.indices is not None:
-            self.code_counts += _sum_over_ranks(add_counts(torch.zeros_like(self.code_counts), out.indices))
+            self.code_counts += sum_over_ranks(add_counts(torch.zeros_like(self.code_counts), out.indices))
         if self.discriminator is not None and "discriminator" not in terms:
             # Distributed training waits for a gradient of every parameter in every step.
             loss = loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
@@ -321,14 +321,3 @@ def in_colours(images: Tensor) -> Tensor:
 def in_bytes(images: Tensor) -> Tensor:
     """Images from [-1, 1] to uint8, rounded."""
     return (255 * in_colours(images)).round().byte()
-
-
-def _sum_over_ranks(value: Tensor) -> Tensor:
-    """In place, and without the barrier of Lightning's `reduce`, in which the host would wait for the device."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    return _sum_over_ranks(value) / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from common.parallel.reduction import sum_over_ranks
 
 
 class FeatureNorm(nn.BatchNorm1d):
@@ -23,8 +24,7 @@ class FeatureNorm(nn.BatchNorm1d):
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             values = features.double()
             sums = torch.stack([torch.full_like(values[0], len(values)), values.sum(0), values.square().sum(0)])
-            if dist.is_initialized():
-                dist.all_reduce(sums)
+            sum_over_ranks(sums)
             count, mean = sums[0], sums[1] / sums[0]
             variance = sums[2] / count - mean.square()
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

@@ -170,12 +170,11 @@ class StudyCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
-        """Lightning calls this after `fit`. A user's callback may have ended the training, which then is not finished.
-        """
-        epoch, epochs = self.trainer.current_epoch, self.trainer.max_epochs
-        if epoch < epochs:
-            rank_zero_only(print)(f"not finished: {self.folder}, after {epoch} of {epochs} epochs: a callback has "
-                                  "ended the training", file=sys.stderr)
+        """Lightning calls this after `fit`."""
+        trainer = self.trainer
+        if not trainer.finished:
+            rank_zero_only(print)(f"not finished: {self.folder}, after {trainer.current_epoch} of {trainer.max_epochs} "
+                                  "epochs: a callback has ended the training", file=sys.stderr)
             raise SystemExit(1)
 
     def _resolved(self, config: Namespace) -> dict[str, Any]:

@@ -218,10 +218,9 @@ class RunFolder(L.Callback):
         if trainer.is_global_zero and not self.results:  # killed between its last checkpoint and here
             self.results = {"recipe": effective_recipe(trainer, module, trainer.datamodule),
                             **self._identity(trainer, module)}
-        done = trainer.current_epoch >= trainer.max_epochs
-        self._write(trainer, "finished" if done else "running")
+        self._write(trainer, "finished" if trainer.finished else "running")
         score = self.metrics.get(f"val/{module.headline}")
-        if trainer.is_global_zero and done:
+        if trainer.is_global_zero and trainer.finished:
             print(f"finished: {self.folder}" + ("" if score is None else f", val/{module.headline} {score:.4g}"))
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:

@@ -14,6 +14,11 @@ class Trainer(L.Trainer):
     # All randomness is a function of it (see common.randomness); the command line sets it from `seed_everything`.
     seed: int = 0
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done: a callback of the user's may have ended the training before."""
+        return self.current_epoch >= self.max_epochs
+
     def check(self, model: Experiment, datamodule: GlobalBatchData) -> None:
         """Looks at the data and prints the effective recipe with its cost; trains nothing."""
         model.trainer = datamodule.trainer = self

@@ -132,10 +132,11 @@ def test_apples_gpu_is_not_taken_by_itself(tmp_path: Path, monkeypatch: pytest.M
     assert cli.trainer.strategy.root_device.type == "cpu"
 
 
-@pytest.mark.parametrize("error, alone", [(RuntimeError("a cosmic ray"), True), (LostRunFolder("taken"), True),
-                                          (SystemExit(75), False)])
+@pytest.mark.parametrize("error, code, alone", [(RuntimeError("a cosmic ray"), 1, True),
+                                                (LostRunFolder("taken"), "taken", True), (SystemExit(75), 75, False)])
 def test_a_rank_that_fails_alone_waits_for_no_other_at_its_exit(
-    command: Callable, at: Callable, monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool
+    command: Callable, at: Callable, monkeypatch: pytest.MonkeyPatch, error: BaseException,
+    code: int | str, alone: bool,
 ) -> None:
     """As Lightning's handler would, which takes NCCL's groups down together with all ranks."""
     unregistered = []
@@ -145,7 +146,7 @@ def test_a_rank_that_fails_alone_waits_for_no_other_at_its_exit(
         raise error
 
     at("training_step", fail)
-    assert command("fit").code
+    assert command("fit").code == code
     assert (_destroy_dist_connection in unregistered) == alone
 
 
