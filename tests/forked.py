@@ -24,12 +24,14 @@ CONTEXT.set_forkserver_preload(["common.training.cli", "supervised", "mae", "dif
 class Command:
     """`python -m MODULE ARGUMENTS`, in a session of its own; with the face of a `subprocess.Popen`.
 
-    `ranks` processes are started as torchrun starts them, and write into the same two texts.
+    `ranks` processes are started as torchrun starts them, and write into the same two texts. No file that they write
+    may have more than `largest_file` bytes.
     """
 
     def __init__(
-        self, module: str, *arguments: object, cwd: Path = ROOT, variables: dict[str, str] | None = None, ranks: int = 1
-    ) -> None:
+        self, module: str, *arguments: object, cwd: Path = ROOT, variables: dict[str, str] | None = None,
+        ranks: int = 1, largest_file: int | None = None,
+    ) -> None:  # fmt: skip
         self.args = [module, *map(str, arguments)]
         self._texts = [tempfile.NamedTemporaryFile("r", prefix="said-") for _ in ("stdout", "stderr")]
         self._peak = tempfile.NamedTemporaryFile("r", prefix="peak-")
@@ -37,7 +39,8 @@ class Command:
         files = [file.name for file in (*self._texts, self._peak)]
         for place in _meeting(ranks) if ranks > 1 else [{}]:
             environment = {**os.environ, **(variables or {}), **place}
-            self._ranks.append(CONTEXT.Process(target=_run, args=(self.args, str(cwd), environment, *files)))
+            arguments = (self.args, str(cwd), environment, largest_file, *files)
+            self._ranks.append(CONTEXT.Process(target=_run, args=arguments))
             self._ranks[-1].start()
         self.pids = [rank.pid for rank in self._ranks]
         self.pid = self.pids[0]
@@ -121,8 +124,12 @@ def _meeting(ranks: int) -> list[dict[str, str]]:
             for rank in range(ranks)]  # fmt: skip
 
 
-def _run(words: list[str], folder: str, environment: dict[str, str], out: str, err: str, peak: str) -> None:
+def _run(
+    words: list[str], folder: str, environment: dict[str, str], largest_file: int | None, out: str, err: str, peak: str
+) -> None:
     os.setsid()
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     multiprocessing.set_start_method(None, force=True)  # loaders start as they do by default, not by a further server

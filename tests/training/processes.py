@@ -1,5 +1,7 @@
 """What tests do to a training in a process of its own, and how they judge what it leaves."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,21 @@ def until(process: Command, event: Callable[[], object], seconds: float = 120) -
         assert process.poll() is None, f"over before it: {process.stdout}{process.stderr}"
         assert time.monotonic() < deadline
         time.sleep(0.0005)  # a checkpoint is written in some milliseconds
+
+
+def freeze(process: Command) -> None:
+    """Stops a process, and waits until each of its threads has: one may be in the middle of a rename."""
+
+    def frozen() -> bool:
+        try:
+            states = [(thread / "stat").read_text().rpartition(") ")[2][0] for thread in threads.iterdir()]
+        except FileNotFoundError:  # one that ended meanwhile
+            return False
+        return set(states) == {"T"}
+
+    threads = Path(f"/proc/{process.pid}/task")
+    os.kill(process.pid, signal.SIGSTOP)
+    until(process, frozen)
 
 
 def written(path: Path) -> int:

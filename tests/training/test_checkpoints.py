@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -363,8 +362,7 @@ def test_a_full_disk(command: Callable, start: Callable, stopped: tuple[Path, Pa
     folder, undisturbed = stopped
     assert (folder / "last.ckpt").stat().st_size > 65536
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    process = start("fit", *RUN)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
+    process = start("fit", *RUN, largest_file=65536)
     assert process.wait(timeout=60) == 1
     assert process.stderr.splitlines()[-1] == (
         "failed: OSError: runs/supervised/run/checkpoints/last.ckpt could not be written ([Errno 27] File too large); "

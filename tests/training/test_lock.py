@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from forked import free_port
-from processes import assert_identical, children, leftovers, until, written
+from processes import assert_identical, children, freeze, leftovers, until, written
 
 from common.errors import InputError
 from common.training import lock
@@ -66,13 +66,13 @@ def test_a_second_process_is_refused_and_a_killed_one_is_no_obstacle(
             "this folder; wait for it or stop it, or choose another --run_name")
 
     until(process, lambda: (folder / "lock").exists() and (folder / "lock").read_bytes())
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process)
     refused()
     refused("--overwrite")
     assert not (folder / "config.yaml").exists()
     os.kill(process.pid, signal.SIGCONT)
     until(process, (folder / "checkpoints/last.ckpt").exists)
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process)
     before = content(folder)
     refused()
     refused("--overwrite")
@@ -94,7 +94,7 @@ def test_a_first_ends_as_if_alone(command: Callable, start: Callable, folder: Pa
     """It can be tested while it goes on, which takes no lock, and refusals do not disturb it."""
     process = start("fit", *OFTEN)
     until(process, (folder / "checkpoints/previous.ckpt").exists)
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process)
     for subcommand in ("check", "test"):
         assert command(subcommand, *OFTEN).code == 0
     os.kill(process.pid, signal.SIGCONT)
@@ -113,7 +113,7 @@ class Taken:
         self.folder = folder
         self.process = start("fit", *options, variables={"SLURM_JOB_ID": "7"})
         until(self.process, (folder / "checkpoints/last.ckpt").exists)
-        os.kill(self.process.pid, signal.SIGSTOP)
+        freeze(self.process)
 
     def wake(self) -> str:
         os.kill(self.process.pid, signal.SIGCONT)
