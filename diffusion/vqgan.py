@@ -116,11 +116,9 @@ class AutoencoderTraining(Experiment):
                                  f"{height}x{width}; choose none")
         return net
 
-    def configure_model(self) -> None:
-        if self.net is not None:
-            return
-        super().configure_model()
-        with torch.device("cpu"), seeded("discriminator", self.trainer.seed):
+    def assemble(self) -> None:
+        super().assemble()
+        with seeded("discriminator", self.trainer.seed):
             self.discriminator = self._adversary(self.net)
         if self.net.kind == "vq":  # of the epoch so far, on all ranks; a checkpoint within an epoch holds them
             self.register_buffer("code_counts", torch.zeros(self.net.config["codebook_size"], dtype=torch.int64))

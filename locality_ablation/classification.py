@@ -29,12 +29,11 @@ class PermutedClassification(Classification):
         self.permutation = permutation
         self.permuted: PixelPermutation | None = None
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.permuted is None:
-            self.permuted = self._permutation_of(self.net)
-            if self.init_from:
-                self._compare(content_of(self.init_from).get("state_dict", {}).get("permuted.order"))
+    def assemble(self) -> None:
+        super().assemble()
+        self.permuted = self._permutation_of(self.net)
+        if self.init_from:
+            self._compare(content_of(self.init_from).get("state_dict", {}).get("permuted.order"))
 
     def _permutation_of(self, net: VisionTransformer) -> PixelPermutation:
         order = self.permutation.order(net.image_size, net.patch_size, self.trainer.seed)
@@ -43,7 +42,7 @@ class PermutedClassification(Classification):
     def _compare(self, order: Tensor | None) -> None:
         """With the order of the pixels that the source was trained on; one that keeps none saw images intact."""
         own = self.permuted.order
-        if not torch.equal(own, torch.arange(len(own), device=own.device) if order is None else order):
+        if not torch.equal(own, torch.arange(len(own)) if order is None else order):
             rank_zero_warn(f"--init_from: {self.init_from} was trained under another permutation; model.permutation's "
                            "is used")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
-import inspect
 import logging
 import os
 import re
@@ -13,7 +12,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +42,11 @@ from common.training.lock import RunLock
 from common.training.messages import class_help, explain, given_configs, with_extended
 from common.training.module import Experiment
 from common.training.nonfinite import SkipNonFinite
-from common.training.options import OPTIONS, OVERRULED
+from common.training.options import OPTIONS
 from common.training.preflight import check_devices, check_tasks
 from common.training.progress import Progress
 from common.training.requeue import STOPPED, Requeue
-from common.training.trainer import Trainer
+from common.training.trainer import Trainer, refuse_options
 from common.training.watchdog import Watchdog
 
 EVALUATIONS = ("validate", "test", "predict")
@@ -204,10 +202,10 @@ class StudyCLI(LightningCLI):
     # What may go on in this folder
 
     def _before_check(self) -> None:
-        self._check_trainer()
+        refuse_options(self.options.trainer)
 
     def _before_fit(self) -> None:
-        self._check_trainer()
+        refuse_options(self.options.trainer)
         if rank_zero_only.rank == 0 and not self._of_another_node():
             self.lock.acquire()
             self.closing.callback(self.lock.release)
@@ -239,24 +237,6 @@ class StudyCLI(LightningCLI):
     def _check_source(self) -> None:
         if self.checkpoint is None and self.options.init_from is not None:
             check_source(self.options.init_from)
-
-    def _check_trainer(self) -> None:
-        trainer = self.options.trainer
-        for name, instead in OVERRULED.items():
-            if getattr(trainer, name) not in (None, False, 0, inspect.signature(L.Trainer).parameters[name].default):
-                raise InputError(f"trainer.{name}: {getattr(trainer, name)} is not used; {instead}")
-        if str(trainer.precision) in ("16", "16-mixed", "16-true"):
-            raise InputError(f"trainer.precision: {trainer.precision} is not used: fp16 needs a loss "
-                             "scaler, under which gradients cannot be watched, and loses small ones without; take "
-                             "bf16-mixed, or 32-true on a GPU without bf16")
-        if (every := trainer.log_every_n_steps) is not None and every < 1:
-            raise InputError(f"trainer.log_every_n_steps: {every} is not a positive number of steps")
-        if trainer.max_steps not in (-1, None):
-            raise InputError(f"trainer.max_steps: {trainer.max_steps} is not used, since Lightning does not resume it "
-                             "exactly; give the length of the run as trainer.max_epochs")
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise InputError(f"trainer.max_epochs: {trainer.max_epochs}; give the length of the run in epochs, 1 or "
-                             "more")
 
     def _continued(self) -> Path | None:
         if not self.options.continue_from:
@@ -332,15 +312,7 @@ class StudyCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if slurm and self.subcommand != "check":
             check_devices(trainer.num_nodes, trainer.num_devices)
-        # Its handlers save, and wait for other ranks, in mid-step; ours only note what came.
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        # With several ranks it asks in every micro-batch for a signal that so never comes, and waits for the device.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        if hasattr(trainer.strategy, "_timeout"):  # of collectives; the watchdog is to be first, and says where
-            trainer.strategy._timeout = timedelta(seconds=2 * self.options.hang_timeout or 10**7)
-        # The checkpoint that was found here and no other: inside Slurm Lightning would take any hpc_ckpt_*.ckpt about.
-        trainer._checkpoint_connector._parse_ckpt_path = lambda _, path, **__: path
-        trainer.seed = self.options.seed_everything
+        trainer.take_over(self.options.seed_everything, self.options.hang_timeout)
         self.model.init_from = None if self.checkpoint else self.options.init_from
         on_gpu = trainer.strategy.root_device.type == "cuda"
         self.model.compiled = on_gpu if self.options.compile is None else self.options.compile

@@ -107,11 +107,12 @@ class Experiment(L.LightningModule):
         if self.net is None:
             # On the CPU, where Lightning would build on the GPU: a run starts from the same weights on every device.
             with torch.device("cpu"):
-                self._build()
+                self.assemble()
             if self.compiled:
                 compile_blocks(self.net)
 
-    def _build(self) -> None:
+    def assemble(self) -> None:
+        """Builds the net, and in a study what it has beside the net, which belongs to a checkpoint as well."""
         with seeded("init", self.trainer.seed):
             self.net = self.built(self.trainer.datamodule)
         if self.init_from:

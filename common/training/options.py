@@ -1,8 +1,7 @@
-"""The options of the command line that are neither the model's nor the data's."""
+"""The options of the command line that are neither the model's nor the data's nor the Trainer's."""
 
 from typing import Literal
 
-# Options of the command that are neither the model's nor the data's nor the Trainer's.
 OPTIONS = {
     "run_name": (str | None, None, "folder of the run below runs/STUDY; default: made from the config and overrides"),
     "runs": (str, "runs", "folder of all runs"),
@@ -18,15 +17,4 @@ OPTIONS = {
     "requeue_signal": (str, "SIGUSR1", "signal (and SIGTERM) after which a run saves and asks Slurm to start it again"),
     "hang_timeout": (float, 1800.0, "seconds without a batch after which a rank writes its stacks and ends; 0: never"),
     "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),
-}
-
-# Options of Lightning's Trainer that the suite answers itself, and what to give instead.
-OVERRULED = {
-    "accumulate_grad_batches": "micro-batches follow from data.batch_size and data.batch_per_device",
-    "fast_dev_run": "it would leave a finished run; give trainer.max_epochs and trainer.limit_train_batches",
-    "max_time": "what is left would never be trained, since Lightning counts all starts together; a signal ends a "
-                "start with all saved, as by `timeout --signal USR1 8h python -m ...`, and the same command goes on",
-    "default_root_dir": "--runs and --run_name say where a run lies",
-    "logger": "a run folder holds TensorBoard's events",
-    "plugins": "the suite has its own, for checkpoints and Slurm",
 }
