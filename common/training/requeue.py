@@ -55,7 +55,8 @@ class Requeue(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # on the CPU: asking must not wait for a GPU
+            # On the CPU: asking must not wait for a GPU. With the patience of the other collectives.
+            self._group = dist.new_group(backend="gloo", timeout=trainer.strategy._timeout)
             self._compare_steps(trainer.global_step)
         if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol") is None:
             rank_zero_warn(f"scontrol is not found: after a signal this command saves and leaves with exit code "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,10 +247,12 @@ def test_ranks_that_found_different_checkpoints_do_not_train(monkeypatch: pytest
     """As a network's file system may show them; a stand-in for the other rank of the reduction."""
     monkeypatch.setattr("common.training.requeue.dist.all_reduce", lambda ends, **_: ends.copy_(
         torch.maximum(ends, torch.tensor([other, -other]))))  # fmt: skip
-    monkeypatch.setattr("common.training.requeue.dist.new_group", lambda **_: None)
-    trainer = SimpleNamespace(world_size=2, global_step=8)
+    groups, patience = [], timedelta(hours=2)
+    monkeypatch.setattr("common.training.requeue.dist.new_group", lambda **options: groups.append(options))
+    trainer = SimpleNamespace(world_size=2, global_step=8, strategy=SimpleNamespace(_timeout=patience))
     with pytest.raises(RuntimeError, match=f"steps, {said}: .*start the same command") if said else nullcontext():
         Requeue("SIGUSR1").on_train_start(trainer, None)
+    assert groups == [{"backend": "gloo", "timeout": patience}]  # that of the other collectives
 
 
 def test_an_evaluation_that_is_ended_is_no_success(
