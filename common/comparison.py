@@ -78,9 +78,12 @@ class Comparison:
         """How the data, the budget or the judging of a group differ from the baseline's; empty where they are the same.
         """
         pairs = [(key, group.said(key), self.baseline.said(key)) for key in BUDGET]
-        ours, theirs = group["evaluation"], self.baseline["evaluation"]
-        if ours and theirs:
-            pairs += [(f"evaluation's {key}", ours.get(key), theirs.get(key)) for key in JUDGED]
+        if all(our == their for _, our, their in pairs):  # and yet not the same images, or not as many
+            pairs += [("images seen", group.said("images_seen"), self.baseline.said("images_seen"))]
+        pairs += [(key, our, their) for key, (our, their) in differing(_source(group), _source(self.baseline)).items()]
+        pairs += [("initial weights", _initial_weights(group), _initial_weights(self.baseline))]
+        if all(run.results.get("evaluation") for run in (*group.runs, *self.baseline.runs)):
+            pairs += [(f"evaluation's {key}", _judged(group, key), _judged(self.baseline, key)) for key in JUDGED]
         return ", ".join(f"{key} {our} instead of {their}" for key, our, their in pairs if our != their)
 
     def difference(self, group: Group, tag: str) -> float | None:
@@ -149,6 +152,9 @@ class Comparison:
             pairs = f"that differ in {self.by} alone" if self.by else "of one seed"
             lines.append(f"p: of a difference as large by chance, by the paired t-test over n pairs of runs {pairs}")
         lines += [f"{MARK} {group.label}: {self.mark(group)}" for group in self.groups if self.mark(group)]
+        lines += [f"{MARK} {group.label}: its runs were judged by different {key}, {_judged(group, key)}"
+                  for group in self.groups if all(run.results.get("evaluation") for run in group.runs)
+                  for key in JUDGED if len({str(run.results["evaluation"].get(key)) for run in group.runs}) > 1]
         lines += [f"{group.label}: {said}" for group in self.groups if (said := self.settings(group))]
         return lines + [f"not averaged in: {run.name}, {run.status} {run.problem}" for run in self.left_out]
 
@@ -185,6 +191,23 @@ class Comparison:
                             "seeds": str(run.results.get("seed", "")),
                             **{key: run.results.get(key) for key in _DESCRIBED}})
         return records
+
+
+def _judged(group: Group, key: str) -> str:
+    """How the samples of its runs were made or judged, with all values where they differ."""
+    return ", ".join(dict.fromkeys(str(run.results["evaluation"].get(key)) for run in group.runs))
+
+
+def _source(group: Group) -> dict[str, Any]:
+    """Settings of the data themselves: how many images, of which size they are rendered, what tells their class."""
+    return {key: value for key, value in group.runs[0].config.items() if key.startswith("data.source.")}
+
+
+def _initial_weights(group: Group) -> str:
+    """Equal where runs start from nothing, from trainings of one length, or from one file."""
+    record = group.runs[0].results.get("init_from") or {}
+    before = record.get("trained")
+    return f"of {before['step']:,} steps" if before and before.get("step") else record.get("source", "random")
 
 
 def pair(one: Group, other: Group, tag: str) -> Paired | None:

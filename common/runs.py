@@ -18,6 +18,8 @@ from common.identity import arm_hash, covered
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 _NEEDED = {"status": str, "metrics": dict, "seed": int}
+_TYPED = {"train_seconds": int | float, "parameters": int, "batch_size": int, "patch_size": int, "headline": str,
+          "versions": dict, "evaluation": dict, "init_from": dict}  # of these null is as good as none
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Statistic(NamedTuple):
 
 def digits(tag: str, *values: float | None) -> int:
     """Decimals to show a metric with: two of a percentage, four of a small number."""
-    return 2 if "acc" in tag or max(abs(value or 0) for value in values) >= 10 else 4
+    return 2 if "acc" in tag or "shape_" in tag or max(abs(value or 0) for value in values) >= 10 else 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ class Group:
 
 def is_run_folder(folder: Path) -> bool:
     names = ("results.json", "config.yaml")
-    return any((folder / name).is_file() for name in names) or any(folder.glob("events.out.tfevents.*"))
+    try:
+        return any((folder / name).is_file() for name in names) or any(folder.glob("events.out.tfevents.*"))
+    except PermissionError:  # it may be one; to be named among those that cannot be read
+        return True
 
 
 def chosen(runs: Iterable[Run], conditions: Iterable[str]) -> list[Run]:
@@ -178,24 +183,28 @@ def read_run(folder: Path) -> Run:
         lacking = [key for key, kind in _NEEDED.items() if not isinstance(results.get(key), kind)]
         if lacking:
             raise InputError(f"results.json lacks {', '.join(lacking)}")
+        wrong = [key for key, kind in _TYPED.items() if not isinstance(results.get(key), kind | None)]
+        if wrong:
+            raise InputError(f"results.json has {', '.join(f'{key} {results[key]!r}' for key in wrong)}")
         config = yaml.load((folder / "config.yaml").read_text(), _Loader)
         if not isinstance(config, dict):
             raise InputError("config.yaml is not a mapping of keys to values")
+        depends, arm = covered(config), arm_hash(config)
     except FileNotFoundError as error:
         return Run(folder, {}, "", "unreadable", f"({Path(error.filename).name} is missing)")
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: JSON, UTF-8 and InputError
+    # ValueError: JSON, UTF-8 and InputError. The others: keys and values that no config of ours has, or without an end.
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError, RecursionError) as error:
         problem = str(error) if isinstance(error, InputError) else f"damaged file: {' '.join(str(error).split())}"
         return Run(folder, {}, "", "unreadable", f"({problem})")
     # A value that is not a number (NaN included) was not measured.
     results["metrics"] = {tag: value for tag, value in results["metrics"].items()
-                          if isinstance(value, int | float) and math.isfinite(value)}
+                          if isinstance(value, float) and math.isfinite(value) or type(value) is int}
     if results["status"] == "finished":
-        return Run(folder, results, arm_hash(config), "finished", config=covered(config))
+        return Run(folder, results, arm, "finished", config=depends)
     failed = results["status"] == "failed"
     place = f"at epoch {results.get('epoch', 0)} of {results.get('epochs', '?')}"
     reason = f": {results['error']}" if failed and results.get("error") else ""
-    return Run(folder, results, arm_hash(config), "failed" if failed else "unfinished", place + reason,
-               covered(config))
+    return Run(folder, results, arm, "failed" if failed else "unfinished", place + reason, depends)
 
 
 def trained(source: str | Path) -> dict[str, Any] | None:

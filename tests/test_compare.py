@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def make_run(tmp_path):
         return folder
 
     return make
+
+
+def change(folder: Path, **results) -> None:
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | results))
 
 
 @pytest.fixture
@@ -113,6 +119,12 @@ def test_only_finished_runs_are_averaged(two_arms, make_run, status):
     lambda folder: (folder / "results.json").unlink(),
     lambda folder: (folder / "config.yaml").unlink(),
     lambda folder: (folder / "config.yaml").write_text("{a: ["),
+    lambda folder: (folder / "config.yaml").write_text("1: 2"),
+    lambda folder: (folder / "config.yaml").write_text("model: {x: 2024-01-01}"),
+    lambda folder: (folder / "config.yaml").write_text("model: &a {x: *a}"),
+    lambda folder: (folder / "results.json").write_text("[" * 100_000),
+    *(partial(change, **{key: value}) for key, value in [
+        ("patch_size", "1"), ("train_seconds", "abc"), ("parameters", "many"), ("init_from", []), ("evaluation", 3)]),
 ])
 def test_unreadable_runs_are_shown_and_not_averaged(two_arms, damage):
     damage(two_arms[0])
@@ -120,6 +132,11 @@ def test_unreadable_runs_are_shown_and_not_averaged(two_arms, damage):
     assert comparison.groups[0].statistic("val/acc1").mean == 96.5
     assert [(run.name, run.status) for run in comparison.left_out] == [("digits-nano-p1-s0", "unreadable")]
     assert comparison.left_out[0].problem
+
+
+def test_what_is_no_number_was_not_measured(two_arms):
+    change(two_arms[0], metrics={"val/acc1": True})
+    assert Comparison(find_runs(two_arms)).groups[0].statistic("val/acc1").n == 2
 
 
 def test_a_repeat_of_a_seed_is_no_further_sample(two_arms, make_run):
@@ -145,6 +162,22 @@ def test_seeds_are_grouped_by_config_and_not_by_name(make_run):
 def test_arms_with_one_name_are_told_apart(make_run):
     runs = [make_run("a-s0", 90.0, seed=0), make_run("a-s1", 92.0, seed=1, epochs=20)]
     assert [group.label for group in Comparison(find_runs(runs)).groups] == ["a-s0", "a-s1"]
+
+
+def test_other_pictures_of_one_name_are_marked(two_arms, make_run):
+    """Fewer of them seen within the same epochs, rendered otherwise, and weights that were trained before."""
+    before = {"source": "runs/mae/a-s0", "trained": {"config_hash": "a", "status": "finished", "step": 900}}
+    others = [make_run("fewer", 99.0, patch=4, images_seen=5760), make_run("rendered", 99.0, patch=8),
+              make_run("tuned", 99.0, patch=1, init_from="runs/mae/a-s0")]
+    change(others[2], init_from=before)
+    config = yaml.safe_load((others[1] / "config.yaml").read_text())
+    config["data"]["init_args"]["source"] = {"class_path": "common.data.Shapes", "init_args": {"size": 12}}
+    (others[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    comparison = Comparison(find_runs([*two_arms, *others]), baseline="digits-nano-p2")
+    assert {group.label: comparison.mark(group) for group in comparison.groups} == {
+        "digits-nano-p1": "", "digits-nano-p2": "", "fewer": "images seen 5760 instead of 11520",
+        "rendered": "data.source.class_path common.data.Shapes instead of None, data.source.size 12 instead of None",
+        "tuned": "initial weights of 900 steps instead of random"}
 
 
 @pytest.mark.parametrize("key, value", [("dataset", "shapes"), ("epochs", 20), ("batch_size", 64)])
@@ -359,3 +392,16 @@ def test_samples_that_were_judged_otherwise_are_marked(make_run, tmp_path):
                      "g": "evaluation's samples 500 instead of 1000, evaluation's guidance 4.0 instead of 1.5"}
     assert [group.label for group in comparison.best("test/fd_judge")] == ["p1"]
     assert {group.label for group in comparison.best("test/agreement_judge")} == {"p1", "p2"}
+
+
+def test_they_are_marked_over_several_seeds_too(make_run, tmp_path):
+    """Whose records differ in their weights at least; and seeds of one arm that were judged otherwise are told."""
+    for name, patch, seed, guidance in [("a0", 1, 0, 1.0), ("a1", 1, 1, 1.0), ("b0", 2, 0, 4.0), ("b1", 2, 1, 4.0),
+                                        ("c0", 4, 0, 1.0), ("c1", 4, 1, 4.0)]:  # fmt: skip
+        make_run(f"{name[0]}-s{seed}", 0, seed, patch, metrics={"test/fid": patch + seed},
+                 evaluation={"guidance": guidance, "weights_sha256": name})
+    comparison = Comparison(find_runs([tmp_path / "runs" / "supervised"]), ["test/fid"], baseline="a")
+    assert {group.label: comparison.mark(group) for group in comparison.groups} == {
+        "a": "", "b": "evaluation's guidance 4.0 instead of 1.0", "c": "evaluation's guidance 1.0, 4.0 instead of 1.0"}
+    assert "† c: its runs were judged by different guidance, 1.0, 4.0" in comparison.notes()
+    assert comparison.best("test/fid") == []  # two never met

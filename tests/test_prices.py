@@ -42,6 +42,12 @@ def test_a_run_that_goes_on_costs_what_is_added():
     assert further.test_flops == 50_000 * 250 * 2 * further.training_flops // 3
 
 
+@pytest.mark.parametrize("id", [id for id, exhibit in EXHIBITS.items() if "gpu" in exhibit.scales])
+def test_the_gpu_scale_of_an_exhibit_takes_half_an_hour_at_half_of_the_peak(id):
+    flops = sum(cost.price(start).flops for start in EXHIBITS[id].scale("gpu").starts())
+    assert flops / (0.5 * cost.H200) <= 30 * 60
+
+
 def test_latents_are_those_of_the_autoencoder_s_arm():
     """8x8x1 latents of 16x16 images; the paper's, whose autoencoder is a file that is not here, are 32x32x4."""
     small, large = (cost._built(start_of("T5", *which))[2] for which in [("demo", "nano/1"), ("paper", "L/1")])

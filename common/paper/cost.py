@@ -111,16 +111,16 @@ def _key(start: Start) -> str:
 
 
 def _digest(start: Start) -> str:
-    texts = [*_texts(start.arm.config), *(_digest(source).encode() for source in start.sources.values())]
+    texts = [file.read_bytes() for file in with_extended(start.arm.config)]
+    texts += [_digest(source).encode() for source in start.sources.values()]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
 
 
-def _texts(config: Path) -> Iterator[bytes]:
-    """Of a config and of those that it starts from."""
-    text = config.read_bytes()
-    yield text
-    if base := re.search(rb"^extends: *(\S+)", text, re.MULTILINE):
-        yield from _texts(config.parent / base[1].decode())
+def with_extended(config: Path) -> Iterator[Path]:
+    """A config, and those that it starts from."""
+    yield config
+    if base := re.search(r"^extends: *(\S+)", config.read_text(encoding="utf-8"), re.MULTILINE):
+        yield from with_extended(config.parent / base[1])
 
 
 def main(arguments: list[str]) -> int:

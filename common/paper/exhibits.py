@@ -19,6 +19,7 @@
           set: {trainer.max_epochs: 20}   # overrides of all arms; an arm's own go first
           arms: {...}                     # in place of the arms above
           seeds: 3                        # seeds 0, 1, 2; one where it is left out
+          differences: {a - b: T/1 - T/2} # of this scale's own arms, and the paper's that they stand for
           metric: ...                     # in place of the one above, as are draws and prints
 
 Two keys of an arm are no overrides:
@@ -33,7 +34,8 @@ Two keys of an arm are no overrides:
 
 An arm that others use is a step on the way: it is trained like any other, and is not compared. Where the metric is one
 of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a command of its
-own, which is given the compared arms' run folders:
+own, which is given the compared arms' run folders. It measures what no run has in its folder: a metric without a /,
+such as shape_bias.
 
       draws: diffusion.side_by_side --model.predict.guidance 4.0
 
@@ -66,12 +68,13 @@ if TYPE_CHECKING:
 STUDIES = ("supervised", "mae", "diffusion", "locality_ablation")
 ROOT = Path(__file__).parent.parent.parent
 RUNS = Path("runs")
+MEASURES = "measures.json"  # what the command that draws has measured, by run folder
 
 _KEYS = {"shows": str, "metric": object, "draws": str, "prints": str, "paper": dict, "arms": dict, "scales": dict}
 _COMMANDS = ("draws", "prints")
 _PAPER_KEYS = {"values": dict, "differences": dict, "says": str, "unknown": str}
 _SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "prints": str, "set": dict,
-               "arms": dict, "seeds": int}
+               "arms": dict, "seeds": int, "differences": dict}
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,11 @@ def _typed(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """An exhibit at one cost: `demo` on two cores within minutes, `gpu` within half an hour, `paper` as published."""
+    """An exhibit at one cost: `demo` on two cores within minutes, `gpu` within half an hour, `paper` as published.
+
+    Args:
+        differences: between two of its arms, and the one that the paper states of the arms that these stand for.
+    """
 
     name: str
     shows: str
@@ -174,6 +181,7 @@ class Scale:
     seeds: int
     metric: str
     columns: tuple[str, ...]
+    differences: Mapping[str, str]
     draws: tuple[str, ...]
     prints: tuple[str, ...]
 
@@ -201,7 +209,9 @@ class Scale:
         """The command that draws the figure, to `figure`; it takes the time of locating the runs."""
         module, *options = self.draws
         folders = [str(start.located[0]) for start in self.compared(seeds)]
-        return [sys.executable, "-m", module, *folders, "--figure", str(self.figure(exhibit)), *options]
+        measuring = any("/" not in metric for metric in (self.metric, *self.columns) if metric)
+        return [sys.executable, "-m", module, *folders, "--figure", str(self.figure(exhibit)), *options,
+                *["--measures", str(self.folder(exhibit) / MEASURES)] * measuring]
 
     def figure(self, exhibit: str) -> Path:
         return self.folder(exhibit) / "figure.png"
@@ -282,13 +292,15 @@ def _exhibit(study: str, path: Path, name: str, entry: Any) -> Exhibit:
     named = {arm for pair in paper.get("differences", {}) for arm in pair.split(" - ")} | set(paper.get("values", {}))
     if not named <= set(arms):
         raise InputError(f"{where}.paper: {', '.join(sorted(named - set(arms)))} is none of the arms {', '.join(arms)}")
-    scales = {scale: _scale(study, path, name, scale, content, arms, judged)
+    scales = {scale: _scale(study, path, name, scale, content, arms, judged, paper.get("differences", {}))
               for scale, content in entry["scales"].items()}
     return Exhibit(name, study, entry["shows"], metric, paper.get("values", {}),
                    paper.get("differences", {}), paper.get("says", ""), paper.get("unknown", ""), scales)
 
 
-def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict) -> Scale:
+def _scale(
+    study: str, path: Path, exhibit: str, name: str, content: Any, arms: dict, judged: dict, stated: dict
+) -> Scale:
     where = f"{path}: {exhibit}.scales.{name}"
     content = _mapping(content, where, empty=True)
     given = {key: where if key in content else f"{path}: {exhibit}" for key in _COMMANDS}
@@ -319,10 +331,15 @@ def _scale(study: str, path: Path, exhibit: str, name: str, content: Any, arms: 
                              {option: str(source) for option, source in uses.items()})
     if not made and training:
         raise InputError(f"{where}: has no arms, and neither has the exhibit")
+    differences = content.get("differences", {pair: pair for pair in stated if set(pair.split(" - ")) <= set(made)})
+    for pair, of in differences.items():
+        if not set(pair.split(" - ")) <= set(made) or of not in stated:
+            raise InputError(f"{where}.differences.{pair}: {of} should be one of {', '.join(stated) or 'none'}, and "
+                             f"the key ARM - ARM, of {', '.join(made)}")
     metrics = _metrics(content["metric"], where) if training else ("",)
     columns = metrics if training and isinstance(content["metric"], list) else ()
     return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
-                 **made_by)
+                 differences, **made_by)
 
 
 def _metrics(given: Any, where: str) -> tuple[str, ...]:

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import InputError
-from common.paper.cost import duration, price
+from common.paper.cost import duration, price, with_extended
 from common.paper.exhibits import Exhibit, Scale, Start
 from common.paper.state import state
 from common.runs import read_run
 
 
 def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
-    columns = ("id", "shows", "scale", "arms", "seeds", "cost", "runs")
+    columns = ("id", "shows", "scale", "arms", "seeds", "cost (at least)", "runs")
     table = Table(*columns, box=None, header_style="bold", padding=(0, 2, 0, 0))
     for exhibit in exhibits.values():
         for position, (name, scale) in enumerate(exhibit.scales.items()):
@@ -52,8 +52,10 @@ def show(exhibit: Exhibit, scales: Mapping[str, Scale]) -> Iterator[str]:
         if scale.metric != exhibit.metric:
             yield f"  judged by {scale.metric}"
         for config in dict.fromkeys(arm.config for arm in scale.arms):
-            yield f"  hyper-parameters: {os.path.relpath(config)}, whose first lines name their sources:"
-            yield from (f"    {line}" for line in _leading_comment(config))
+            for file in with_extended(config):
+                verb = "hyper-parameters" if file == config else "which extends"
+                yield f"  {verb}: {os.path.relpath(file)}, whose first lines name their sources:"
+                yield from (f"    {line}" for line in _leading_comment(file))
         yield f"  overrides on the command line: {exhibit.study}/paper.yaml"
         for start in starts:
             yield f"  # {start.arm.name}, seed {start.seed}: {price(start).text()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,9 +12,9 @@ from common.compare import write
 from common.errors import InputError
 from common.paper.cost import duration, price
 from common.paper.exhibits import Exhibit, Scale, Start
-from common.paper.section import TABLE, Section
+from common.paper.section import DRAWN, TABLE, Section
 from common.paper.state import state
-from common.runs import read_run
+from common.runs import read_run, trained
 
 STOPPED = (75, 130, 143)  # a training was asked to stop: no other one is to start in its place
 
@@ -49,7 +50,8 @@ def run_all(exhibits: Iterable[Exhibit], scale: str, seeds: int | None) -> int:
     exhibits = list(exhibits)
     having = [exhibit.scales[scale] for exhibit in exhibits if scale in exhibit.scales]
     pace = Pace((start for each in having for start in each.starts(seeds)), scale)
-    for exhibit in exhibits:
+    for number, exhibit in enumerate(exhibits, 1):
+        print(f"{exhibit.id}: {number} of {len(exhibits)} tables and figures", flush=True)
         if scale not in exhibit.scales:
             print(f"{exhibit.id}: has no scale {scale}", flush=True)
             continue
@@ -104,6 +106,8 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
     if scale.draws:
         scale.figure(exhibit.id).unlink(missing_ok=True)  # drawn of fewer runs
         code = _called(scale.drawing(exhibit.id, seeds), f"{exhibit.id} {scale.name}, its figure")
+        of = {str(start.located[0]): trained(start.located[0]) for start in scale.compared(seeds)}
+        write(scale.folder(exhibit.id) / DRAWN, json.dumps(of))
     if scale.prints:
         code = _printed(scale, exhibit.id) or code
     section = Section(exhibit, scale, starts)

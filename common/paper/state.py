@@ -8,7 +8,8 @@ from common.runs import changed_source, read_run
 
 def state(start: Start) -> str:
     """finished, not tested (or by other samples than this arm's), unfinished, failed, unreadable, missing, or what a
-    changed YAML leaves behind: another config, and weights other than those that its source has now.
+    changed YAML leaves behind: another config, and weights other than those that its source has now. Or its curves are
+    over another x axis than those of the runs beside it.
     """
     # A default folder has the config's name and the seed in its own: where there is none, no parser is needed to know.
     names = f"{start.arm.config.stem}*-s{start.seed}*"
@@ -20,6 +21,8 @@ def state(start: Start) -> str:
     run = read_run(folder)
     if run.status != "unreadable" and run.config != expected:
         return "another config"
+    if run.results.get("x_axis", "step") != start.arm.overrides.get("x_axis", "step"):
+        return "over another x axis"
     if changed_source(run.results):
         return "of other weights"
     if run.status != "finished" or not start.judged_by:

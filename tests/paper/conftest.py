@@ -60,11 +60,17 @@ def study(exhibits, folders, tmp_path):
     size 2 does. `test` adds `test/fid`. And one for a command that draws.
     """
     (tmp_path / "drawing.py").write_text('''
-import pathlib, sys
+import json, pathlib, sys
 with open("calls", "a") as calls:
     print("drawing", *sys.argv[1:], file=calls)
 if pathlib.Path("undrawable").exists():
     sys.exit(2)
+if "--measures" in sys.argv:
+    folders = sys.argv[1 : sys.argv.index("--figure")]
+    measures = {folder: {"shape_bias": 50 + 4 * ("-p1-" in folder) + int(folder[-1])} for folder in folders}
+    path = pathlib.Path(sys.argv[sys.argv.index("--measures") + 1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(measures))
 figure = pathlib.Path(sys.argv[sys.argv.index("--figure") + 1])
 figure.parent.mkdir(parents=True, exist_ok=True)
 figure.write_bytes(b"a picture")

@@ -28,15 +28,22 @@ def test_generated_tables():
 def test_supervised_exhibits():
     exhibits = read_exhibits()
     assert set(IDS) <= set(exhibits)
+    for name in (*GENERATED_IDS, *IDS):
+        assert set(exhibits[name].scales) == {"demo", "gpu", "paper"}
     for name in IDS:
-        assert {"demo", "paper"} <= set(exhibits[name].scales)
         assert exhibits[name].unknown  # no absolute value of these is known in full
     tokens = {arm.name: (arm.overrides["data.image_size"] // arm.overrides["model.patch_size"]) ** 2
               for arm in exhibits["F2a"].scale("paper").arms}
     assert tokens == dict.fromkeys(["224/16", "112/8", "56/4", "28/2", "14/1"], 196)
     assert [arm.overrides["model.patch_size"] for arm in exhibits["F2b"].scale("paper").arms] == [16, 8, 4, 2, 1]
     assert [arm.overrides["model.optim.lr"] for arm in exhibits["F9"].scale("paper").arms] == [8e-3, 4e-3]
+    shown = list(show(exhibits["F2a"], {"paper": exhibits["F2a"].scale("paper")}))
+    assert any(line.startswith("  which extends: supervised/configs/imagenet28.yaml") for line in shown)
     assert exhibits["T3a"].differences == {"T/1 - T/2": 1.5, "S/1 - T/1": 1.3}
+    assert exhibits["App-D"].values == {"B/1": 57.2, "B/2": 56.7} and exhibits["App-D"].metric == "shape_bias"
+    of_t3a = {start.shown("fit") for start in exhibits["T3a"].scale("gpu").starts()}
+    for name in ("F6", "F7", "F8"):
+        assert all(start.shown("fit") in of_t3a for start in exhibits[name].scale("gpu").starts())
 
 
 @pytest.mark.parametrize("name", MAE_IDS)
@@ -62,7 +69,7 @@ def test_mae_exhibits(name):
     assert same_model(exhibits[name].scale("paper").arms[0]) == {"model.patch_size": 2, "model.size": sizes[name]}
     lengths = [(arm.overrides["trainer.max_epochs"], arm.overrides["model.optim.warmup_epochs"])
                for arm in exhibits[name].scale("gpu").arms]
-    assert lengths == [(20, 2), (20, 2), (100, 5), (100, 5), (20, 2), (20, 2)]
+    assert lengths == [(20, 2), (20, 2), (40, 2), (40, 2), (20, 2), (20, 2)]
 
 
 def test_diffusion_exhibits():
@@ -70,7 +77,7 @@ def test_diffusion_exhibits():
     exhibits = read_exhibits()
     assert {name: exhibits[name].values for name in DIFFUSION_IDS} == {
         "T5": {}, "T6": {"L/1": 2.68, "L/2": 2.89}, "F3": {}}
-    for scale, compared in [("demo", ["nano/2", "nano/1"]), ("paper", ["L/2", "L/1"])]:
+    for scale, compared in [("demo", ["nano/2", "nano/1"]), ("gpu", ["T/2", "T/1"]), ("paper", ["L/2", "L/1"])]:
         arms = {name: {start.arm.name: start for start in exhibits[name].scale(scale).compared()}
                 for name in DIFFUSION_IDS}
         assert all(list(arms[name]) == compared for name in DIFFUSION_IDS)
@@ -78,7 +85,7 @@ def test_diffusion_exhibits():
             assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
             before = arms["T6"][arm].sources["continue_from"]
             assert before.shown("fit") == start.shown("fit") and before.stages == ("fit",)
-            epochs = {"demo": 400, "paper": 1400}[scale]
+            epochs = {"demo": 400, "gpu": 80, "paper": 1400}[scale]
             assert arms["T6"][arm].arm.overrides["trainer.max_epochs"] == epochs
     assert exhibits["T5"].scale("paper").starts()[0].sampling == {
         "samples": 50_000, "solver": "ddpm", "steps": 250, "guidance": 1.5, "guidance_channels": 3, "seed": 0}
