@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import InputError
 
 # A path that is not there or cannot be written; a disk that is full or broken is another thing.
 _PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a command, which are spelled out; a mistake in them is told in one line, as any other.
+
+    Args:
+        prog: as one types it, such as python -m common.compare.
+        description: printed as it stands.
+    """
+
+    def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
+        defaults = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog, description=description, **(defaults | options))
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help shows what there is")
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:

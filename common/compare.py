@@ -7,7 +7,6 @@ with other data or another budget is marked.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.comparison import Comparison
 from common.figure import check_file, draw
 from common.runs import chosen, find_runs
@@ -83,9 +82,8 @@ def draw_figure(comparison: Comparison, path: Path, title: str, metric: str | No
     print(f"written: {path}" + (f" (no curve of {', '.join(without)})" if without else ""))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m common.compare", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("python -m common.compare", __doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders of run folders")
     parser.add_argument("--metric", action="append", default=[], metavar="TAG",
                         help="a column, such as val/acc1 or best/val/acc1; repeatable; "

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.paper.exhibits import STUDIES, Start, read_exhibits, runs_of
 from common.paper.state import state
@@ -50,7 +50,7 @@ def arrays(id: str, words: list[str], options: argparse.Namespace) -> Iterator[t
     exhibits = read_exhibits()
     if id not in (*exhibits, "all"):
         raise InputError(f"{id}: neither a study ({', '.join(STUDIES)}) nor a table or figure ({', '.join(exhibits)})")
-    parser = argparse.ArgumentParser("python -m common.submit", allow_abbrev=False)
+    parser = Parser("python -m common.submit")
     parser.add_argument("--scale", required=True)
     parser.add_argument("--seeds", type=int)
     chosen = parser.parse_args(words)
@@ -98,8 +98,7 @@ def submit(jobs: Iterator[tuple[list[str], str]], go: bool) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m common.submit", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m common.submit", __doc__)
     parser.add_argument("what", help="a study, followed by its command, or the id of a table or figure")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of a job (1)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of a node, 0 for a job on CPUs (1)")

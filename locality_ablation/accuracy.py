@@ -4,12 +4,11 @@ how far they reach (the paper's figure 5). Runs that differ in seed alone are on
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file, save
 from common.identity import differing
@@ -55,8 +54,7 @@ def check_alike(groups: Sequence[Group]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m locality_ablation.accuracy", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m locality_ablation.accuracy", __doc__)
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="of PermutedClassification")
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--against", choices=["swaps", "delta"], default="swaps")

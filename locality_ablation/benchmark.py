@@ -7,7 +7,6 @@ result is Markdown for RESULTS.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
-from common.command import run_command
+from common.command import Parser, run_command
 from common.data.crop import fit_one
 from common.data.folders import is_image
 from common.errors import InputError
@@ -106,8 +105,7 @@ def segmenting(images: list[Tensor], rounds: int) -> list[tuple[str, ...]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m locality_ablation.benchmark", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m locality_ablation.benchmark", __doc__)
     parser.add_argument("--batch", type=int, default=8, help="images of a training step; default: 8")
     parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs to segment")

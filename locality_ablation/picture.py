@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file, save
 from common.model.vit import patch_grid
@@ -64,8 +64,7 @@ def delta(text: str) -> Delta:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m locality_ablation.picture", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m locality_ablation.picture", __doc__)
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture; default: the toy image")
     parser.add_argument("--size", type=int, metavar="N", help="its side in pixels; default: 224, 8 of the toy image")

@@ -8,7 +8,6 @@ under a permutation, a position is shown where its pixel comes from.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file, save
 from common.training.checkpoints import newest_readable
@@ -79,8 +78,7 @@ def tiles(similar: Similarity) -> np.ndarray:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m locality_ablation.positions", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m locality_ablation.positions", __doc__)
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="of a Vision Transformer with positions")
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     options = parser.parse_args(arguments)

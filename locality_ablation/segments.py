@@ -5,14 +5,13 @@ Below each cut is what a token of it knows: the mean colour of its pixels.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file, save
 from common.model.vit import patch_grid
@@ -35,8 +34,7 @@ def mean_colours(image: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m locality_ablation.segments", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m locality_ablation.segments", __doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures of any size")
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--size", type=int, default=224, help="side of their central squares; default: 224")

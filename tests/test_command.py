@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.command import run_command
+from common.command import Parser, run_command
 
 
 def test_errors_that_name_each_other_end_it_all_the_same(capsys: pytest.CaptureFixture, monkeypatch) -> None:
@@ -17,3 +17,24 @@ def test_errors_that_name_each_other_end_it_all_the_same(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as leaving:
         run_command(main)
     assert leaving.value.code == 1 and capsys.readouterr().err == "failed: ValueError: first (--debug shows where)\n"
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "error: the following arguments are required: word; python -m x --help shows what there is\n"),
+    (["say"], "error: the following arguments are required: --often; python -m x say --help shows what there is\n"),
+    (["say", "--oft", "3"], "error: the following arguments are required: --often; python -m x say --help shows"),
+    (["say", "--often", "abc"], "error: argument --often: invalid int value: 'abc'; python -m x say --help shows"),
+])
+def test_a_mistake_in_an_option_is_one_line_too(monkeypatch, capsys, words, said):
+    def main(arguments: list[str]) -> int:
+        parser = Parser("python -m x", "What it does.")
+        say = parser.add_subparsers(dest="word", required=True).add_parser("say")
+        say.add_argument("--often", type=int, required=True)
+        return parser.parse_args(arguments).often
+
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(main)
+    assert leaving.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1

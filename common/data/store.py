@@ -8,7 +8,6 @@ tells by how much crops differ from those of the files, which validation and tes
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.data.augment import Augment
 from common.data.folders import Flowers102, ImageFolder, ImageNet, decode
 from common.data.sets import AT_ONCE
@@ -149,8 +148,7 @@ def _source(name: str) -> Source:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m common.data.store", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m common.data.store", __doc__)
     parser.add_argument("source", help="imagenet, flowers102, or a folder of class folders")
     parser.add_argument("--size", type=int, default=96, help="side of the stored squares in pixels (96)")
     parser.add_argument("--root", type=Path, default=Path("data"), help="the folder of all data sets (data)")

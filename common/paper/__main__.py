@@ -13,7 +13,7 @@ import argparse
 import shlex
 from collections.abc import Mapping
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.paper.exhibits import Exhibit, read_exhibits, runs_of
 from common.paper.listing import commands, list_exhibits, show
@@ -23,18 +23,17 @@ from common.paper.running import run, run_all
 ALL = "all"
 
 
-def _parser(exhibits: Mapping[str, Exhibit]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m common.paper", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser(exhibits: Mapping[str, Exhibit]) -> Parser:
+    parser = Parser("python -m common.paper", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="ids, what they show, cost, and how far their runs are", allow_abbrev=False)
-    command = commands.add_parser("report", help="what the runs so far came to, as one page", allow_abbrev=False)
+    commands.add_parser("list", help="ids, what they show, cost, and how far their runs are")
+    command = commands.add_parser("report", help="what the runs so far came to, as one page")
     command.add_argument("id", nargs="?", default=ALL, help=f"{', '.join(exhibits)}; default: all of them")
     command.add_argument("--scale", help="demo, gpu or paper; default: all that have runs")
     for name, text in [("show", "the exact commands, and where hyper-parameters come from"),
                        ("run", "train what is not finished, then compare"),
                        ("commands", "a line for each run and stage, as common.submit's arrays take them")]:
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text)
         command.add_argument("id", help=", ".join([*exhibits, *[ALL] * (name != "show")]))
         command.add_argument("--scale", required=name != "show", help="demo (minutes on two cores), gpu or paper")
         if name != "show":

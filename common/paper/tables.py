@@ -6,11 +6,10 @@ output reads, and whether a shift of the input by one stride shifts the output.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.command import run_command
+from common.command import Parser, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,8 +182,7 @@ def _row(cells: list) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m common.paper.tables", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m common.paper.tables", __doc__)
     tables = {"designs": designs, "sizes": sizes}
     parser.add_argument("table", choices=tables)
     print("\n".join(tables[parser.parse_args(arguments).table]()))
