@@ -132,6 +132,7 @@ class DepthData(GlobalBatchData):
     """
 
     channels = 3
+    mean, std = MEAN, STD
 
     def __init__(
         self,

@@ -8,8 +8,8 @@ those that the project renders. Published decision files (--decisions) are read 
 
 from __future__ import annotations
 
-import argparse
 import csv
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from common.command import run_command
+from common.command import Parser, run_command
+from common.compare import write
 from common.errors import InputError
 from common.figure import check_file, save
 
@@ -38,6 +39,7 @@ _MEMBERS = {
     "elephant": "385-386", "keyboard": "508 878", "knife": "499", "oven": "766",
     "truck": "555 569 656 675 717 734 864 867",
 }  # fmt: skip
+AT_ONCE = 32  # pictures, so that it is said now and then how many are left
 _COLUMNS = ("subj", "session", "trial", "rt", "object_response", "category", "condition", "imagename")
 
 
@@ -110,29 +112,34 @@ def cues(file: str) -> tuple[str, str]:
 # From a model
 
 
-def decisions_on_stimuli(run: Trained, folder: Path) -> Iterator[Decision]:
+def decisions_on_stimuli(run: Trained, folder: Path, name: str) -> Iterator[Decision]:
     """What an ImageNet classifier answers, each picture prepared as in its own evaluation."""
-    from common.training.trained import evaluation_batches
+    from common.training.trained import evaluation_batches, evaluation_set, told
 
-    for batch in evaluation_batches(run.data, folder):
-        names = [cues(file) for file in batch["file"]]
-        given = answers(run.experiment.predicted(run.net, batch).softmax(-1))
-        yield from (Decision(Path(f).name, *cue, a) for f, cue, a in zip(batch["file"], names, given, strict=True))
+    with told(name, len(evaluation_set(run.data, folder))) as tell:
+        for batch in evaluation_batches(run.data, folder, most=AT_ONCE):
+            names = [cues(file) for file in batch["file"]]
+            given = answers(run.experiment.predicted(run.net, batch).softmax(-1))
+            yield from (Decision(Path(f).name, *cue, a) for f, cue, a in zip(batch["file"], names, given, strict=True))
+            tell(len(given))
 
 
 @torch.no_grad()
-def decisions_on_shapes(run: Trained) -> Iterator[Decision]:
+def decisions_on_shapes(run: Trained, name: str) -> Iterator[Decision]:
     """What a classifier of shapes and textures, trained where both told the class, answers where they do not agree."""
     from common.data.shapes import OUTLINES
+    from common.training.trained import told
 
     names = list(OUTLINES)
     pictures = run.data.source.cue_conflict()
-    for start in range(0, len(pictures.images), 128):
-        part = slice(start, start + 128)
-        batch = run.data.on_after_batch_transfer({"image": pictures.images[part]}, 0)
-        given = run.experiment.predicted(run.net, batch).argmax(-1)
-        for i, cue in enumerate(zip(pictures.shapes[part], pictures.textures[part], given, strict=True)):
-            yield Decision(f"{start + i}", *(names[index] for index in cue))
+    given: list[int] = []
+    with told(name, len(pictures.images)) as tell:
+        for images in pictures.images.split(AT_ONCE):
+            batch = run.data.on_after_batch_transfer({"image": images}, 0)
+            given += run.experiment.predicted(run.net, batch).argmax(-1).tolist()
+            tell(len(images))
+    for i, cue in enumerate(zip(pictures.shapes, pictures.textures, given, strict=True)):
+        yield Decision(f"{i}", *(names[index] for index in cue))
 
 
 def decisions_of(folder: Path, stimuli: Path | None) -> list[Decision]:
@@ -140,7 +147,7 @@ def decisions_of(folder: Path, stimuli: Path | None) -> list[Decision]:
     from common.data.shapes import Shapes
     from common.training.trained import load
 
-    run = load(folder, "RUN_FOLDER")
+    run, name = load(folder, "RUN_FOLDER"), folder.resolve().name
     if not hasattr(run.experiment, "predicted") or run.experiment.data_class is not ImageData:
         raise InputError(f"RUN_FOLDER: {folder} is a run of {type(run.experiment).__name__}, which is no "
                          "classifier of pictures alone")
@@ -149,36 +156,49 @@ def decisions_of(folder: Path, stimuli: Path | None) -> list[Decision]:
         if source.label != "both":
             raise InputError(f"RUN_FOLDER: {folder} was trained on shapes by {source.label}, which decides beforehand "
                              "what it goes by; train it with --data.source.label both")
-        return list(decisions_on_shapes(run))
+        return list(decisions_on_shapes(run, name))
     if run.net.classes != 1000:
         raise InputError(f"RUN_FOLDER: {folder} has {run.net.classes} classes; the categories are made of ImageNet's "
                          "1000, or of those of shapes labelled by both")
     if stimuli is None:
         raise InputError("--stimuli: name the folder of the cue-conflict pictures (style-transfer-preprocessed-512)")
-    return list(decisions_on_stimuli(run, stimuli))
+    return list(decisions_on_stimuli(run, stimuli, name))
 
 
 # Decision files, in the published format
 
 
 def read_decisions(file: Path) -> dict[str, list[Decision]]:
-    """By subject. The texture is the last part of a picture's name."""
+    """By subject. The texture is the last part of a picture's name.
+
+    Raises:
+        InputError: names the line that is none of such a file, or that repeats a trial.
+    """
     subjects: dict[str, list[Decision]] = {}
+    trials: set[tuple[str, ...]] = set()
     try:
-        with open(file, newline="") as content:
+        with open(file, newline="", encoding="utf-8-sig") as content:  # spreadsheets begin a file with a mark
             table = csv.DictReader(content)
             lacking = set(_COLUMNS) - set(table.fieldnames or ())
             if lacking:
                 raise InputError(f"--decisions: {file} lacks the columns {', '.join(sorted(lacking))}")
             for row in table:
+                where = f"--decisions: {file}, line {table.line_num}"
                 texture = re.search(r"-([a-z]+)\d*\.\w+$", row["imagename"] or "")
                 if texture is None:
-                    raise InputError(f"--decisions: {file}, line {table.line_num}: imagename {row['imagename']} does "
-                                     "not end in -TEXTURE1.png")
+                    raise InputError(f"{where}: imagename {row['imagename']} does not end in -TEXTURE1.png")
+                if empty := [name for name in ("subj", "category", "object_response") if not row[name]]:
+                    raise InputError(f"{where}: {' and '.join(empty)} is empty")
+                trial = tuple(row[name] for name in ("subj", "session", "trial", "imagename"))
+                if trial in trials:
+                    raise InputError(f"{where}: trial {row['trial']} of {row['subj']} was there before; count it once")
+                trials.add(trial)
                 subjects.setdefault(row["subj"], []).append(
                     Decision(row["imagename"], row["category"], texture.group(1), row["object_response"]))
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--decisions: {file} is not a CSV file ({error})") from error
+    if not subjects:
+        raise InputError(f"--decisions: {file} holds no decision")
     return subjects
 
 
@@ -194,6 +214,12 @@ def write_decisions(file: Path, subject: str, decisions: Iterable[Decision]) -> 
 
 
 # What is shown
+
+
+def measured(count: Count) -> dict[str, float]:
+    """What common.paper compares, in percent; there is no bias where no answer is the shape's or the texture's."""
+    bias = {} if count.bias is None else {"shape_bias": count.bias}
+    return bias | {"shape_or_texture": count.either}
 
 
 def print_table(subjects: Mapping[str, Mapping[str, Count]]) -> None:
@@ -237,19 +263,22 @@ def _cycle(*values: str) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m supervised.shape_bias", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m supervised.shape_bias", __doc__)
     parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_FOLDER", help="of a classifier")
     parser.add_argument("--stimuli", type=Path, metavar="DIR", help="the published cue-conflict pictures")
     parser.add_argument("--decisions", type=Path, action="append", default=[], metavar="CSV",
                         help="decisions of others, people or models, as they are published; repeatable")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="PNG, PDF or SVG of the bias by category")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the decisions of the one run, as they are published")
+    parser.add_argument("--measures", type=Path, metavar="FILE", help="the percentages over all pictures, by run "
+                        "folder, as JSON for common.paper")
     options = parser.parse_args(arguments)
     if not options.folders and not options.decisions:
         raise InputError("RUN_FOLDER: name a run of a classifier, or --decisions")
     if options.csv and len(options.folders) != 1:
         raise InputError(f"--csv: holds the decisions of one run, not of {len(options.folders)}")
+    if options.measures and not options.folders:
+        raise InputError(f"--measures {options.measures}: holds what runs are measured by; name a RUN_FOLDER too")
     if options.figure:
         check_file(options.figure)
     if options.folders:
@@ -275,6 +304,10 @@ def main(arguments: list[str]) -> int:
     print_table(subjects)
     if options.figure:
         save(figure(subjects), options.figure)
+    if options.measures:
+        numbers = {str(folder): measured(total(subjects[name]))
+                   for name, folder in zip(names, options.folders, strict=True)}
+        write(options.measures, json.dumps(numbers, indent=1))
     return 0
 
 

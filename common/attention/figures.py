@@ -51,12 +51,15 @@ def by_layer_and_head(values: Mapping[str, Tensor], label: str) -> Figure:
     return figure
 
 
-def over_images(images: Tensor, maps: Sequence[Tensor], titles: Sequence[str]) -> Figure:
-    """A row for each image: the image, and maps of the token in its middle, each from its least to its largest value.
+def over_images(
+    images: Tensor, maps: Sequence[Tensor], queries: Sequence[tuple[float, float]], titles: Sequence[str]
+) -> Figure:
+    """A row for each image: the image, and maps, each from its least to its largest value with a cross at its query.
 
     Args:
         images: (B, C, H, W) in [0, 1].
         maps: for each title the maps of all images, (B, rows, columns).
+        queries: for each title where the cross is, from the top and from the left, as shares of the sides.
     """
     from matplotlib.figure import Figure
 
@@ -67,11 +70,9 @@ def over_images(images: Tensor, maps: Sequence[Tensor], titles: Sequence[str]) -
         picture = images[i].expand(3, -1, -1).permute(1, 2, 0).numpy()
         extent = (0, width, height, 0)
         row[0].imshow(picture, extent=extent)
-        for axes, title, of_images in zip(row[1:], titles, maps, strict=True):
+        for axes, title, (down, right), of_images in zip(row[1:], titles, queries, maps, strict=True):
             axes.imshow(of_images[i].numpy(), extent=extent, cmap="magma")
-            rows, columns = of_images[i].shape
-            axes.plot((columns // 2 + 0.5) / columns * width, (rows // 2 + 0.5) / rows * height, "x", color="#56B4E9",
-                      markersize=5, markeredgewidth=1.5)  # the query
+            axes.plot(right * width, down * height, "x", color="#56B4E9", markersize=5, markeredgewidth=1.5)
             if i == 0:
                 axes.set_title(title, fontsize=8)
         for axes in row:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +13,20 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TextColumn
 from torch import nn
+from torch.utils.data import Dataset
 
-from common.data.loader import GlobalBatchData
+from common.data.loader import Draw, GlobalBatchData
 from common.errors import InputError
+from common.runs import read_run
 from common.training.checkpoints import newest_readable, read
 from common.training.initialisation import weights_in
 from common.training.module import Experiment
+from common.training.progress import SECONDS
 from common.training.run import read_config
 from common.training.trainer import Trainer
 
@@ -65,6 +75,9 @@ def load(
     trainer.seed, trainer.datamodule = config.get("seed_everything", 0), built.data
     built.model.trainer = built.data.trainer = trainer
     built.model.configure_model()  # what an ablation holds beside the net is in the checkpoint too
+    found = read_run(folder)
+    if found.status in ("unfinished", "failed"):
+        rank_zero_warn(f"{what}: {folder} is {found.status} {found.problem}; its last checkpoint is used")
     content = read(checkpoint)
     try:
         built.model.load_state_dict(content["state_dict"])
@@ -75,12 +88,65 @@ def load(
     return Trained(built.model.eval(), built.model.net, built.data, checkpoint)
 
 
-def evaluation_batches(data: GlobalBatchData, images: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Batches as an evaluation's net sees them, of the validation split, or of the image files below a folder."""
+def evaluation_set(data: GlobalBatchData, images: Path | None = None) -> Dataset:
+    """The validation split, or the image files below a folder, as an evaluation reads them."""
+    split = "val" if images is None else "predict"
     data.trainer.state.stage = RunningStage.VALIDATING if images is None else RunningStage.PREDICTING
     if images is not None:
         data.images = str(images)
     data.setup("validate" if images is None else "predict")
+    return data.sets[split]
+
+
+def evenly_spaced(of: int, count: int) -> list[int]:
+    """`count` places among `of`, or all where there are no more."""
+    count = min(count, of)
+    return [i * of // count for i in range(count)]
+
+
+def evaluation_batches(
+    data: GlobalBatchData, images: Path | None = None, count: int | None = None, most: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Batches as an evaluation's net sees them, of `evaluation_set`.
+
+    Args:
+        count: of images, evenly spaced, since class folders are sorted and the first ones are of few classes. The
+            others are not read; all are where it is left out.
+        most: images in a batch, where that is less than in the run's own evaluation.
+    """
+    found = evaluation_set(data, images)
+    chosen = evenly_spaced(len(found), len(found) if count is None else count)
+    size = min(data.eval_batch_size, most or data.eval_batch_size)
+    draws = [Draw(0, index, 0) for index in chosen]
+    order = [draws[start : start + size] for start in range(0, len(draws), size)]
     with torch.no_grad():
-        for batch in data.val_dataloader() if images is None else data.predict_dataloader():
+        for batch in data.loader("val" if images is None else "predict", order):
             yield data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+
+
+@contextmanager
+def told(name: str, images: int) -> Iterator[Callable[[int], None]]:
+    """Says on standard error how many of the `images` are done, and how long the others will take.
+
+    The line stays in its place on a terminal; elsewhere there is a new one now and then, as in every evaluation.
+
+    Yields:
+        What is to be called with the number of images that were done since.
+    """
+    start = shown = time.perf_counter()
+    done = 0
+    bar = Bar(TextColumn("{task.description}", markup=False), console=Console(stderr=True), transient=True,
+              disable=not sys.stderr.isatty())
+    task = bar.add_task(f"{name}: 0 of {images} images")
+
+    def tell(more: int) -> None:
+        nonlocal done, shown
+        done, now = done + more, time.perf_counter()
+        line = f"{name}: {done} of {images} images · {(now - start) / done * (images - done):.0f} s left"
+        bar.update(task, description=line)
+        if bar.disable and now - shown > SECONDS:
+            shown = now
+            print(line, file=sys.stderr, flush=True)
+
+    with bar:
+        yield tell
