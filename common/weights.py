@@ -6,12 +6,11 @@ or several projects that pinned the file, made one known; "unknown" means that n
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 
 FOUND, MISSING, OTHER = "found", "missing", "another checksum"
@@ -26,6 +25,7 @@ class External(NamedTuple):
         use: what the suite does with it.
         source: project and file name there.
         checksum: `sha256:` or `md5:` and the hexadecimal digits, or their first ones where no more are published.
+        beside: a file of the same folder without which it is not read.
     """
 
     name: str
@@ -33,6 +33,7 @@ class External(NamedTuple):
     use: str
     source: str
     checksum: str = "unknown"
+    beside: str | None = None
 
 
 LDM, SD_VAE = "github.com/CompVis/latent-diffusion", "with its config.json beside it"
@@ -57,17 +58,21 @@ FILES = [
              f"{LDM}: vq-f8.zip, model.ckpt in it"),
     External("sd-vae-ft-ema", "weights/sd-vae-ft-ema/diffusion_pytorch_model.safetensors",
              "latents of the original DiT: KL, 8x8 pixels a cell, 4 channels",
-             f"Hugging Face, stabilityai/sd-vae-ft-ema: diffusion_pytorch_model.safetensors, {SD_VAE}"),
+             f"Hugging Face, stabilityai/sd-vae-ft-ema: diffusion_pytorch_model.safetensors, {SD_VAE}",
+             beside="config.json"),
     External("sd-vae-ft-mse", "weights/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",
              "the same with another decoder, of DiT's published FID",
              f"Hugging Face, stabilityai/sd-vae-ft-mse: diffusion_pytorch_model.safetensors, {SD_VAE}",
-             "sha256:a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
+             "sha256:a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", "config.json"),
     External("dit-xl-2", "weights/DiT-XL-2-256x256.pt", "a trained DiT, to sample from or to compare with",
              "github.com/facebookresearch/DiT: DiT-XL-2-256x256.pt"),
     External("mae-base", "weights/mae_pretrain_vit_base.pth", "--init_from of ViT-Base: MAE's pre-training",
              f"{MAE}: mae_pretrain_vit_base.pth", "md5:8cad7c"),
     External("mae-large", "weights/mae_pretrain_vit_large.pth", "--init_from of ViT-Large: MAE's pre-training",
              f"{MAE}: mae_pretrain_vit_large.pth", "md5:b8b06e"),
+    External("mae-base-visualize", "weights/mae_visualize_vit_base.pth",
+             "--init_from of ViT-Base with its decoder, to reconstruct: MAE on plain pixels",
+             f"{MAE}, for the pictures of its demo: dl.fbaipublicfiles.com/mae/visualize/mae_visualize_vit_base.pth"),
     External("mae-base-finetuned", "weights/mae_finetuned_vit_base.pth", "ViT-Base fine-tuned by MAE, to evaluate",
              f"{MAE}, FINETUNE.md: mae_finetuned_vit_base.pth", "md5:1b25e9"),
     External("mae-large-finetuned", "weights/mae_finetuned_vit_large.pth", "ViT-Large fine-tuned by MAE, to evaluate",
@@ -76,10 +81,15 @@ FILES = [
 
 
 def state(external: External, root: Path) -> str:
-    """Whether the file is below `root`: `found`, `missing` or `another checksum`. Reads it where one is known."""
+    """Whether the file is below `root`: `found`, `missing`, `another checksum`, or `no` file that belongs beside it.
+
+    Reads it where a checksum is known.
+    """
     path = root / external.file
     if not path.is_file():
         return MISSING
+    if external.beside and not path.with_name(external.beside).is_file():
+        return f"no {external.beside}"
     if external.checksum == "unknown":
         return FOUND
     algorithm, _, known = external.checksum.partition(":")
@@ -104,9 +114,8 @@ def check(name: str, root: Path) -> None:
                          f"it comes from {external.source}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m common.weights", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("python -m common.weights", __doc__)
     parser.add_argument("--root", type=Path, default=Path("data"), metavar="DIR",
                         help="the folder that --data.root names; default: data")
     parser.add_argument("--check", metavar="NAME", help="this file alone; the exit code is 2 unless it is found")

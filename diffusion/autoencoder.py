@@ -140,6 +140,11 @@ class Autoencoder(nn.Module):
 
     # Images to latents
 
+    @property
+    def moment_channels(self) -> int:
+        """What `moments` has at each cell."""
+        return self.channels if self.kind == "vq" else 2 * self.channels
+
     def moments(self, images: Tensor) -> Tensor:
         """What is worth caching of images (B, C, H, W) in [-1, 1], in fp32.
 

@@ -11,7 +11,6 @@ that the classifier takes for the class they were asked to be.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.training.run import write_atomically
 from diffusion.evaluation import as_json, evaluate, load_extractor
@@ -61,9 +60,8 @@ def print_table(values: dict[str, float], record: dict[str, Any]) -> None:
     console.print(Text(note, "dim"), soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m diffusion.evaluate", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("python -m diffusion.evaluate", __doc__)
     parser.add_argument("samples", type=Path, metavar="SAMPLES", help="a folder of images, or an .npz file")
     parser.add_argument("reference", type=Path, metavar="REFERENCE", help="likewise")
     parser.add_argument("--extractor", default="inception", metavar="NAME",

@@ -145,9 +145,10 @@ def compared(
     elif images.channels != extractor.channels:
         raise InputError(f"{images.name}: of {images.channels} channel(s), and the extractor {extractor.name} takes "
                          f"{extractor.channels}; name a reference of such images")
-    if samples.labels is not None and (largest := samples.labels.max()) >= extractor.classes:
-        raise InputError(f"{samples.name}: of class {largest}, counted from 0, where the extractor {extractor.name} "
-                         f"knows {extractor.classes} classes")
+    for label in [] if samples.labels is None else samples.labels.aminmax():
+        if not 0 <= label < extractor.classes:
+            raise InputError(f"{samples.name}: of class {label}, counted from 0, where the extractor {extractor.name} "
+                             f"knows {extractor.classes} classes")
     if images and samples.size != images.size:
         raise InputError(f"{samples.name}: images of {pixels(samples.size)} pixels, where {images.name} has "
                          f"{pixels(images.size)}; bring both to one size")

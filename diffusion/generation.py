@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from common.errors import InputError
 from common.randomness import normal, uniform
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe
+from common.training.progress import within_batch_of
 from common.training.run import write_atomically
 from common.training.watchdog import pulse_of
 from diffusion.cost import activation_bytes, forward_flops
@@ -21,12 +23,12 @@ from diffusion.dit import DiT
 from diffusion.evaluation import BY_INCEPTION, Asked, Evaluation, as_json, compared, evaluate, load_extractor
 from diffusion.features import INCEPTION_FILE
 from diffusion.fingerprint import fingerprint
-from diffusion.image_sets import ROUNDING, Folder, Prepared, to_uint8
+from diffusion.image_sets import ROUNDING, Folder, Prepared
 from diffusion.initialisation import initialise_dit
 from diffusion.latent_data import LatentData
 from diffusion.pictures import grid
 from diffusion.process import GaussianDiffusion
-from diffusion.samples import PUBLISHED, SampleFolder, Sampling
+from diffusion.samples import PUBLISHED, SampleFolder, Sampling, as_pixels
 from diffusion.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -147,17 +149,16 @@ class Generation(Experiment):
         labels = numbers % net.classes if net.classes else None
         guidance = self.predict.guidance if net.classes and net.label_dropout else 1.0
         sampler = Sampler(self.process, "ddim", self.picture_steps, guidance, self.predict.guidance_channels)
-        images = self.generate(sampler, net, numbers, labels)
+        images = as_pixels(self.generate(sampler, net, numbers, labels, pulse_of(self.trainer)))
         return grid(images, self.names_of(labels), f"{title}: DDIM, {self.picture_steps} steps, guidance {guidance:g}")
 
-    def generate(self, sampler: Sampler, net: DiT, numbers: Tensor, labels: Tensor | None) -> Tensor:
-        """Images (B, C, H, W) uint8."""
+    def generate(
+        self, sampler: Sampler, net: DiT, numbers: Tensor, labels: Tensor | None, beat: Callable[[float], None]
+    ) -> Tensor:
+        """Images (B, C, H, W) in about [-1, 1], which a GPU may still be computing; `beat` as the sampler takes it."""
         with self.trainer.precision_plugin.forward_context():  # Lightning opens it for its own steps alone
-            images = self.trainer.datamodule.decode(sampler(net, numbers, labels))
-        if not images.isfinite().all():
-            raise FloatingPointError("samples are not finite numbers; try --trainer.precision 32-true, or an earlier "
-                                     "checkpoint")
-        return to_uint8(images.float())
+            latents = sampler(net, numbers, labels, beat)
+        return self.trainer.datamodule.decode(latents, pulse_of(self.trainer))
 
     def names_of(self, labels: Tensor | None) -> list[str]:
         names = self.trainer.datamodule.class_names
@@ -168,7 +169,7 @@ class Generation(Experiment):
     def on_predict_start(self) -> None:
         self._open_folder()
 
-    def predict_step(self, batch: dict[str, Any], _: int) -> None:
+    def predict_step(self, batch: dict[str, list[int]], _: int) -> None:
         self._sample(batch["number"])
 
     def on_predict_epoch_end(self) -> None:
@@ -194,16 +195,25 @@ class Generation(Experiment):
             **self.sampler.record(),
             "classes": chosen.classes or net.classes,
             "precision": str(self.trainer.precision),
+            "autoencoder_precision": None if data.autoencoder is None else "32-true",
             "rounding": ROUNDING,
         }, self.labels)  # fmt: skip
 
-    def _sample(self, numbers: Tensor) -> None:
+    def _sample(self, numbers: list[int]) -> None:
         """Generates those of the samples that are not there yet."""
         numbers = self.folder.missing(numbers)
-        if len(numbers):
+        if numbers:
             _, net = next(self.evaluated("test"))
-            labels = None if self.labels is None else self.labels.to(numbers.device)[numbers]
-            self.folder.write_behind(numbers, self.generate(self.sampler, net, numbers, labels))
+            asked = torch.tensor(numbers), None if self.labels is None else self.labels[numbers]
+            # A copy that waits would wait until a GPU has decoded the batch before.
+            there = (None if some is None else some.to(self.device, non_blocking=True) for some in asked)
+            self.folder.write_behind(numbers, self.generate(self.sampler, net, *there, self._beat))
+
+    def _beat(self, share: float) -> None:
+        """So much of a batch of samples is done, which may take hours."""
+        pulse_of(self.trainer)()
+        within_batch_of(self.trainer)(share)
+        self.folder.look()
 
     def _close_folder(self) -> None:
         self.folder.wait()
@@ -236,7 +246,7 @@ class Generation(Experiment):
         compared(asked, self.reference, extractor, self.metrics_tested, self.evaluation.allow_few_samples)
         self._open_folder()
 
-    def test_step(self, batch: dict[str, Any], _: int) -> None:
+    def test_step(self, batch: dict[str, list[int]], _: int) -> None:
         self._sample(batch["number"])
 
     def on_test_epoch_end(self) -> None:

@@ -141,7 +141,8 @@ class LatentData(ImageData):
             if found:
                 raise InputError(f"data.latents: {self.latents} holds those of other images: " + "; ".join(
                     f"{key}: {theirs} there, {ours} here" for key, (theirs, ours) in found.items()))
-            return LatentSet(self.latents, split, self.fingerprint, augment, self.trainer.seed)
+            shape = self.autoencoder.moment_channels, *self.input_size
+            return LatentSet(self.latents, split, self.fingerprint, shape, augment, self.trainer.seed)
         return super().load(split)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
@@ -164,18 +165,32 @@ class LatentData(ImageData):
         draws = normal("latent", self.trainer.seed, batch["epoch"], batch["index"], n=shape[1:].numel())
         return draws.view(shape)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """What a model generates, (B, z, h, w), as images (B, C, H, W) in about [-1, 1]."""
+    def decode(self, latents: Tensor, beat: Callable[[], None] = lambda: None) -> Tensor:
+        """What a model generates, (B, z, h, w), as images (B, C, H, W) in about [-1, 1].
+
+        Args:
+            beat: called after every piece of the batch that the autoencoder has decoded, a sign of life.
+        """
         if self.autoencoder is None:
             return latents
         latents = self.autoencoder.denormalise(latents)
-        return _in_pieces(self.autoencoder.to(latents.device).decode, latents, self.image_size)
+        return _in_pieces(self.autoencoder.to(latents.device).decode, latents, self.image_size, beat)
 
 
 @torch.no_grad()
-def _in_pieces(coder: Callable[[Tensor], Tensor], inputs: Tensor, size: tuple[int, int]) -> Tensor:
-    """`coder` of a batch, whose images have `size`, without more of them at once than fit beside a model."""
-    return torch.cat([coder(some) for some in inputs.split(max(1, PIECE // math.prod(size)))])
+def _in_pieces(
+    coder: Callable[[Tensor], Tensor], inputs: Tensor, size: tuple[int, int], beat: Callable[[], None] = lambda: None
+) -> Tensor:
+    """`coder` of a batch, whose images have `size`, without more of them at once than fit beside a model.
+
+    Without autocast, whatever the model is given: DiT's published code encodes and decodes in fp32.
+    """
+    outputs = []
+    with torch.autocast(inputs.device.type, enabled=False):
+        for some in inputs.split(max(1, PIECE // math.prod(size))):
+            outputs.append(coder(some))
+            beat()
+    return torch.cat(outputs)
 
 
 class SampleNumbers(Dataset):
@@ -187,5 +202,5 @@ class SampleNumbers(Dataset):
     def __len__(self) -> int:
         return self.samples
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        return {"number": torch.tensor([draw.index for draw in draws])}
+    def __getitems__(self, draws: list[Draw]) -> dict[str, list[int]]:
+        return {"number": [draw.index for draw in draws]}  # no tensor: to read one from a GPU waits for all it does

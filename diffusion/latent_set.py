@@ -26,6 +26,7 @@ class LatentSet(Dataset):
         folder: that the command wrote.
         split: train or val.
         fingerprint: of the autoencoder that is to decode what is generated.
+        shape: of an image's moments (channels, h, w).
         augment: its flip decides between an image and its mirror image, exactly as where images are encoded as they
             come; none takes the images.
         seed: of that decision.
@@ -34,7 +35,10 @@ class LatentSet(Dataset):
         InputError: no such cache, an unfinished one, or one of another autoencoder.
     """
 
-    def __init__(self, folder: str | Path, split: str, fingerprint: str, augment: Augment | None, seed: int) -> None:
+    def __init__(
+        self, folder: str | Path, split: str, fingerprint: str, shape: tuple[int, int, int], augment: Augment | None,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.folder, self.augment, self.seed = Path(folder) / split, augment, seed
         index = read_index(Path(folder), split)
         if index["fingerprint"] != fingerprint:
@@ -43,9 +47,9 @@ class LatentSet(Dataset):
         if augment is not None and augment.flip and not index["flips"]:
             raise InputError(f"data.latents: {folder} holds no mirror images, and data.augment.flip is {augment.flip}")
         self.images, self.shard = index["images"], index["shard"]
-        self.labels = torch.from_numpy(_load(self.folder / "labels.npy", self.images, 1).copy())
-        files = shard_files(self.folder, self.images, self.shard)
-        self.shards = [_load(path, min(self.shard, self.images - number * self.shard), 5)
+        self.labels = torch.from_numpy(_load(self.folder / "labels.npy", self.images).copy())
+        files, views = shard_files(self.folder, self.images, self.shard), 2 if index["flips"] else 1
+        self.shards = [_load(path, min(self.shard, self.images - number * self.shard), views, *shape)
                        for number, path in enumerate(files)]
 
     def __len__(self) -> int:
@@ -80,14 +84,14 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error
 
 
-def _load(path: Path, rows: int, dimensions: int) -> np.ndarray:
-    """An array of so many rows and dimensions, mapped into memory."""
+def _load(path: Path, *shape: int) -> np.ndarray:
+    """An array of this shape, mapped into memory."""
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error
-    if array.ndim != dimensions or len(array) != rows:
-        raise InputError(f"{path}: damaged, an array of shape {array.shape} in place of {rows} rows; {AGAIN}")
+    if array.shape != shape:
+        raise InputError(f"{path}: damaged, an array of shape {array.shape} in place of {shape}; {AGAIN}")
     return array
 
 

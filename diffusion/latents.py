@@ -7,7 +7,6 @@ where training flips. The same command goes on where it stopped, shard by shard.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.data import ImageData
 from common.data.loader import Draw
 from common.errors import InputError
@@ -91,8 +90,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m diffusion.latents", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m diffusion.latents", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the latents go")
     parser.add_argument("--config", required=True, metavar="FILE", help="of the training that will read them")
     options, overrides = parser.parse_known_args(arguments)

@@ -7,13 +7,12 @@ images of the config, and stored beside the weights.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.training.checkpoints import AtomicCheckpointIO
 
 
@@ -21,8 +20,7 @@ def main(arguments: list[str]) -> int:
     from diffusion.latents import images_of  # costs seconds, which `--help` need not wait for
     from diffusion.vqgan import training_images
 
-    parser = argparse.ArgumentParser("python -m diffusion.measure", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m diffusion.measure", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="where the measured autoencoder goes")
     parser.add_argument("--config", required=True, metavar="FILE", help="of the training that will use it")
     options, overrides = parser.parse_known_args(arguments)

@@ -6,6 +6,7 @@ of latent diffusion's own checkpoints (`state_dict` with `encoder.down.0.block.0
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -38,6 +39,9 @@ _NAMES = [
     (r"(\.attentions\.\d+)\.(?:v|value)\.", r"\1.to_v."),
     (r"(\.attentions\.\d+)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
 ]
+
+# diffusers' classes, and what the Autoencoder calls them.
+_KINDS = {"VQModel": "vq", "AutoencoderKL": "kl"}
 
 # Entries of diffusers' config that change no latent, or are taken over as scale and shift.
 _BESIDE_THE_NET = ("sample_size", "force_upcast", "scaling_factor", "shift_factor")
@@ -106,6 +110,9 @@ def _of_folder(folder: Path, options: dict[str, Any]) -> Autoencoder:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """diffusers' config of a model. Where an entry is left out, as in the files of its first versions, it is the
+    default of the class, as `from_pretrained` takes it.
+    """
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; a folder of diffusers' layout holds one beside its weights")
     try:
@@ -114,32 +121,33 @@ def _config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds a {type(config).__name__}, not the config of a model")
-    return config
+    if config.get("_class_name") not in _KINDS:
+        raise InputError(f"{path}: _class_name={config.get('_class_name')!r} is not one of {', '.join(_KINDS)}")
+    import diffusers  # costs 4 s
+
+    own = inspect.signature(getattr(diffusers, config["_class_name"])).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in own}
+    # As a config.json has it, which knows no tuples.
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in (defaults | config).items()}
 
 
 def _net(config: dict[str, Any], path: Path, options: dict[str, Any]) -> Autoencoder:
     """The Autoencoder of diffusers' config, every entry of which is then compared with what was built."""
-    kinds = {"VQModel": "vq", "AutoencoderKL": "kl"}
-    kind = kinds.get(config.get("_class_name"))
-    if kind is None:
-        raise InputError(f"{path}: _class_name={config.get('_class_name')!r} is not one of {', '.join(kinds)}")
-    try:
-        widths = config["block_out_channels"]
-        described = {
-            "kind": kind,
-            "image_channels": config["in_channels"],
-            "channels": config["latent_channels"],
-            "base": widths[0],
-            "multipliers": tuple(width // widths[0] for width in widths),
-            "res_blocks": config["layers_per_block"],
-            "groups": config["norm_num_groups"],
-            "attention": "coarsest" if "AttnDownEncoderBlock2D" in config["down_block_types"] else
-                         "middle" if config.get("mid_block_add_attention", True) else "none",
-        }
-        if kind == "vq":
-            described["codebook_size"] = config["num_vq_embeddings"]
-    except KeyError as error:
-        raise InputError(f"{path}: there is no {error.args[0]}") from error
+    kind = _KINDS[config["_class_name"]]
+    widths = config["block_out_channels"]
+    described = {
+        "kind": kind,
+        "image_channels": config["in_channels"],
+        "channels": config["latent_channels"],
+        "base": widths[0],
+        "multipliers": tuple(width // widths[0] for width in widths),
+        "res_blocks": config["layers_per_block"],
+        "groups": config["norm_num_groups"],
+        "attention": "coarsest" if "AttnDownEncoderBlock2D" in config["down_block_types"] else
+                     "middle" if config["mid_block_add_attention"] else "none",
+    }  # fmt: skip
+    if kind == "vq":
+        described["codebook_size"] = config["num_vq_embeddings"]
     net = Autoencoder(**{**described, **options})
     built = dict(net.model.config)
     for key, value in config.items():

@@ -15,11 +15,12 @@ from torch import Tensor
 from common.data.folders import decode
 from common.errors import InputError
 from common.training.run import write_atomically
-from diffusion.image_sets import RECORD, read_record, write_npz
+from diffusion.image_sets import RECORD, read_record, to_uint8, write_npz
 from diffusion.sampling import SolverName, labels_of
 
 PACKED = 256  # samples in memory at once
-OPEN = ("samples", "labels", "autoencoder")  # entries of a record that may differ: more samples, a folder that moved
+# Entries of a record that may differ: more samples, a folder that moved, what older records did not tell.
+OPEN = ("samples", "labels", "autoencoder", "autoencoder_precision")
 
 
 @dataclass
@@ -115,15 +116,21 @@ class SampleFolder:
         """A file of the folder's name."""
         return self.path.with_name(self.path.name + suffix)
 
-    def missing(self, numbers: Tensor) -> Tensor:
-        """Those of the numbers (B,) whose samples are not there yet."""
-        absent = [not self.file(number).is_file() for number in numbers.tolist()]
-        return numbers[torch.tensor(absent, device=numbers.device)]
+    def missing(self, numbers: list[int]) -> list[int]:
+        """Those of the numbers whose samples are not there yet."""
+        return [number for number in numbers if not self.file(number).is_file()]
 
-    def write_behind(self, numbers: Tensor, images: Tensor) -> None:
-        """As `write`, while the next samples are generated; an error is raised by the next call, or by `wait`."""
+    def write_behind(self, numbers: list[int], images: Tensor) -> None:
+        """As `write`, while the next samples are generated: a GPU that still computes these images is waited for by the
+        writer alone. An error is raised by the next call of this, of `look` or of `wait`.
+        """
         self.wait()
-        self._writing = self._writer.submit(self.write, numbers.cpu(), images.cpu())
+        self._writing = self._writer.submit(self.write, numbers, images)
+
+    def look(self) -> None:
+        """Raises what has gone wrong with writing so far."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until all that was given is written."""
@@ -131,11 +138,12 @@ class SampleFolder:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def write(self, numbers: Tensor, images: Tensor) -> None:
-        """Samples uint8 (B, C, H, W). A file is whole, or not there."""
+    def write(self, numbers: list[int], images: Tensor) -> None:
+        """Samples (B, C, H, W) in about [-1, 1], all of them finite, or none is written. A file is whole, or not there.
+        """
         from PIL import Image
 
-        for number, image in zip(numbers.tolist(), images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        for number, image in zip(numbers, as_pixels(images).permute(0, 2, 3, 1).numpy(), strict=True):
             temporary = self.file(number).with_suffix(".tmp")
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
             picture.save(temporary, format="PNG")
@@ -149,3 +157,15 @@ class SampleFolder:
         """Writes the first samples, and their classes, as an .npz file beside the folder."""
         batches = (self.read(start, min(start + PACKED, samples), channels) for start in range(0, samples, PACKED))
         write_npz(self.beside(".npz"), samples, batches, labels)
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    """Samples in about [-1, 1] as uint8 on the CPU, once the device has computed them.
+
+    Raises:
+        FloatingPointError: some of them are not finite.
+    """
+    if not images.isfinite().all():
+        raise FloatingPointError("samples are not finite numbers; try --trainer.precision 32-true, or an earlier "
+                                 "checkpoint")
+    return to_uint8(images.float()).cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -41,6 +43,7 @@ class Sampler:
         if not 2 <= steps <= process.steps:
             raise InputError(f"model.predict.steps: {steps} are not between 2 and the {process.steps} of training")
         self.process, self.solver, self.steps = process, solver, steps
+        self.visited = process.respaced(steps)  # once: on a GPU its constants are copied there
         self.guidance, self.guidance_channels, self.seed = guidance, guidance_channels, seed
 
     def record(self) -> dict[str, Any]:
@@ -50,23 +53,32 @@ class Sampler:
                 "guidance_channels": self.guidance_channels, "seed": self.seed}  # fmt: skip
 
     @torch.no_grad()
-    def __call__(self, net: DiT, numbers: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(
+        self, net: DiT, numbers: Tensor, labels: Tensor | None, beat: Callable[[float], None] = lambda share: None
+    ) -> Tensor:
         """Samples (B, C, H, W), normalised as the net was trained.
 
         Args:
             numbers: of the samples (B,).
             labels: their classes (B,); none where the net has no classes.
+            beat: called after every step of the solver with the share of them all that is done, a sign of life.
         """
-        piece = max(1, PIECE * torch.get_num_threads() // net.tokens)
-        if numbers.device.type == "cpu" and len(numbers) > piece:
-            labels_of_pieces = [None] * len(numbers) if labels is None else labels.split(piece)
-            pieces = zip(numbers.split(piece), labels_of_pieces, strict=False)
-            return torch.cat([self(net, *some) for some in pieces])
-        shape = (net.channels, *net.input_size)
-        x = self.noise("sample", numbers, shape)
+        on_cpu = numbers.device.type == "cpu"
+        piece = max(1, PIECE * torch.get_num_threads() // net.tokens) if on_cpu else len(numbers)
+        pieces = numbers.split(piece)
+        labels_of_pieces = [None] * len(pieces) if labels is None else labels.split(piece)
+        steps = count(1)
+
+        def stepped() -> None:
+            beat(next(steps) / (self.steps * len(pieces)))
+
+        return torch.cat([self._piece(net, *some, stepped) for some in zip(pieces, labels_of_pieces, strict=True)])
+
+    def _piece(self, net: DiT, numbers: Tensor, labels: Tensor | None, stepped: Callable[[], None]) -> Tensor:
+        x = self.noise("sample", numbers, (net.channels, *net.input_size))
         if self.solver == "dpm++":
-            return self._solved(net, x, labels)
-        return self._respaced(net, x, numbers, labels)
+            return self._solved(net, x, labels, stepped)
+        return self._respaced(net, x, numbers, labels, stepped)
 
     def noise(self, stream: str, numbers: Tensor, shape: tuple[int, ...], *keys: int) -> Tensor:
         """Standard normal draws (B, *shape), a row for each number."""
@@ -78,8 +90,10 @@ class Sampler:
             return net(x, t, labels).float()
         return net.forward_with_guidance(x, t, labels, self.guidance, self.guidance_channels)
 
-    def _respaced(self, net: DiT, x: Tensor, numbers: Tensor, labels: Tensor | None) -> Tensor:
-        process = self.process.respaced(self.steps)
+    def _respaced(
+        self, net: DiT, x: Tensor, numbers: Tensor, labels: Tensor | None, stepped: Callable[[], None]
+    ) -> Tensor:
+        process = self.visited
         for step in reversed(range(self.steps)):
             output = self.predicted(net, x, int(process.timesteps[step]), labels)
             t = torch.full((len(x),), step, device=x.device)
@@ -87,9 +101,10 @@ class Sampler:
                 x = process.ddim_sample(output, x, t)
             else:
                 x = process.p_sample(output, x, t, self.noise("sample step", numbers, x.shape[1:], step))
+            stepped()
         return x
 
-    def _solved(self, net: DiT, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _solved(self, net: DiT, x: Tensor, labels: Tensor | None, stepped: Callable[[], None]) -> Tensor:
         from diffusers import DPMSolverMultistepScheduler  # costs 4 s
 
         scheduler = DPMSolverMultistepScheduler(trained_betas=self.process.betas.numpy(), timestep_spacing="linspace")
@@ -97,6 +112,7 @@ class Sampler:
         for timestep in scheduler.timesteps:
             noise = self.predicted(net, x, int(timestep), labels)[:, : net.channels]
             x = scheduler.step(noise, timestep, x).prev_sample
+            stepped()
         return x
 
 

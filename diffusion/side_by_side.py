@@ -6,11 +6,10 @@ Options of `predict`, such as --model.predict.guidance 4, go to each of them; th
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file, save
 from common.runs import read_run
@@ -45,8 +44,7 @@ def sampled(folder: Path, samples: int, overrides: list[str]) -> Generation:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m diffusion.side_by_side", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m diffusion.side_by_side", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER", help="of trained models")
     parser.add_argument("--figure", type=Path, required=True, metavar="FILE", help="a .png, .pdf or .svg")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="of each model; default: 8")

@@ -250,7 +250,8 @@ class AutoencoderTraining(Experiment):
 
     def evaluate(self, net: Autoencoder, batch: dict[str, Tensor], scores: MetricCollection) -> None:
         images = batch["image"].float()
-        out = net(images)
+        with torch.autocast(images.device.type, enabled=False):  # as `LatentData` encodes and decodes
+            out = net(images)
         reconstructions = out.images.float()
         distances = self.objective.distances(self.perceptual, reconstructions, images)
         for name, values in {"loss": self.objective.of_pixels(distances), **distances}.items():
@@ -279,7 +280,8 @@ class AutoencoderTraining(Experiment):
 
         _, net = next(self.evaluated("predict"))
         data = self.trainer.datamodule
-        reconstructions = in_bytes(net(batch["image"].float()).images)
+        with torch.autocast(self.device.type, enabled=False):
+            reconstructions = in_bytes(net(batch["image"].float()).images)
         for name, image in zip(batch["file"], reconstructions.cpu(), strict=True):
             path = Path(self.trainer.default_root_dir) / "predictions" / f"{Path(name).relative_to(data.images)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forked import ROOT
 
 from common.command import run_command
 from common.errors import InputError
-from common.weights import FILES, External, main, state
+from common.weights import FILES, External, check, main, state
 from diffusion.evaluation import load_extractor
 from diffusion.features import INCEPTION_FILE
 from diffusion.perceptual import LINEAR, LPIPS
+from diffusion.published import load_autoencoder
 
 # Of the three bytes "abc", as the algorithms' own standards print them.
 SHA256 = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -32,6 +34,29 @@ def test_a_file_is_compared_with_the_known_digits(tmp_path, checksum):
     file.write_bytes(b"abd")
     assert state(external, tmp_path) == "another checksum"
     assert state(external._replace(checksum="unknown"), tmp_path) == "found"
+
+
+@pytest.mark.parametrize("name", ["sd-vae-ft-ema", "sd-vae-ft-mse"])
+def test_weights_in_diffusers_layout_need_their_config(tmp_path, name):
+    external = next(external for external in FILES if external.name == name)
+    file = tmp_path / external.file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"abc")
+    with pytest.raises(InputError, match=f"--check {name}: .*safetensors: no config.json .*its config.json beside it"):
+        check(name, tmp_path)
+    with pytest.raises(InputError, match="config.json: there is no such file"):
+        load_autoencoder(file.parent)
+    (file.parent / "config.json").write_text("{}")
+    assert state(external._replace(checksum=SHA256), tmp_path) == "found"
+    file.unlink()
+    assert state(external, tmp_path) == "missing"
+
+
+def test_files_that_the_commands_name_are_listed():
+    texts = [ROOT / "README.md", *ROOT.glob("*/configs/*.yaml")]
+    named = {name for text in texts for name in re.findall(r"[\w-]+\.(?:pth|pt|safetensors)\b", text.read_text())}
+    assert {"mae_visualize_vit_base.pth", "DiT-XL-2-256x256.pt"} <= named
+    assert named <= {Path(external.file).name for external in FILES}
 
 
 def test_the_lpips_weights_that_torchmetrics_installs_are_the_published_ones(tmp_path):

@@ -15,6 +15,7 @@ OPTIONS = {
     "compile": (bool | None, None, "compile the Transformer's blocks, which takes a minute at the start and agrees to "
                 "rounding; default: on a GPU alone"),
     "requeue_signal": (str, "SIGUSR1", "signal (and SIGTERM) after which a run saves and asks Slurm to start it again"),
-    "hang_timeout": (float, 1800.0, "seconds without a batch after which a rank writes its stacks and ends; 0: never"),
+    "hang_timeout": (float, 1800.0, "seconds without a batch, or a solver's step of sampling, after which a rank "
+                     "writes its stacks and ends; 0: never"),
     "extends": (str | None, None, "in a config file: the file beside it whose values it starts from"),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,6 +17,12 @@ from common.training.curves import Curves
 
 LINES = 25  # of a run, at the most, where the output is a file
 SECONDS = 10  # between two lines of an evaluation there
+
+
+def within_batch_of(trainer: L.Trainer) -> Callable[[float], None]:
+    """What to call with the share that is done of a batch of an evaluation, where one may take hours."""
+    return next((partial(callback.within_batch, trainer) for callback in trainer.callbacks
+                 if isinstance(callback, Progress)), lambda share: None)  # fmt: skip
 
 
 class Progress(L.Callback):
@@ -68,17 +76,25 @@ class Progress(L.Callback):
 
     def _begin(self, trainer: L.Trainer, batches: list[int | float]) -> None:
         self._total, self._start, self._shown = sum(batches), time.perf_counter(), time.perf_counter()
+        self._done = 0
         self._open_bar(trainer, trainer.state.fn.value, self._total)
 
+    def within_batch(self, trainer: L.Trainer, share: float) -> None:
+        self._show(trainer, self._done + share)
+
     def _advance(self, trainer: L.Trainer, done: int) -> None:
+        self._done = done
+        self._show(trainer, done)
+
+    def _show(self, trainer: L.Trainer, done: float) -> None:
         now = time.perf_counter()
         if self._bar:
             self._bar.update(self._task, completed=done)
         elif trainer.is_global_zero and now - self._shown > SECONDS:
             self._shown = now
             left = (now - self._start) / done * (self._total - done)
-            print(f"{trainer.state.fn.value}: batch {done}/{self._total} · {left:.0f} s left", file=sys.stderr,
-                  flush=True)
+            print(f"{trainer.state.fn.value}: batch {round(done, 2):g}/{self._total} · {left:.0f} s left",
+                  file=sys.stderr, flush=True)
 
     def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._begin(trainer, trainer.num_predict_batches)

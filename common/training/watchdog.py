@@ -19,9 +19,9 @@ from common.errors import InputError
 HUNG = 134  # as after SIGABRT: batch scripts take it for a killed process, and try again
 
 
-def pulse_of(trainer: L.Trainer) -> Callable[[], None]:
-    """What to call while something long goes on that has no batches of the Trainer's."""
-    return next((callback.pulse for callback in trainer.callbacks if isinstance(callback, Watchdog)), lambda: None)
+def pulse_of(trainer: L.Trainer) -> Callable[..., None]:
+    """What to call, with anything, while something long goes on within a batch of the Trainer's, or without one."""
+    return next((callback.pulse for callback in trainer.callbacks if isinstance(callback, Watchdog)), lambda *_: None)
 
 
 class Watchdog(L.Callback):

@@ -333,6 +333,9 @@ def test_a_run_folder_gives_distances_of_its_own_name(command, monkeypatch, caps
     np.savez("asked.npz", images[1], found + 10)
     outcome = run("asked.npz", "reference.npz", "--extractor", run_folder)
     assert outcome.code == 2 and "asked.npz: of class " in outcome.err and "knows 10 classes" in outcome.err
+    np.savez("asked.npz", images[1], found - (np.arange(20) == 7) * 10)
+    outcome = run("asked.npz", "reference.npz", "--extractor", run_folder)
+    assert outcome.code == 2 and f"asked.npz: of class {found[7] - 10}, counted from 0, where the" in outcome.err
     outcome = run("samples.npz", "reference.npz", "--extractor", run_folder, "--metrics", "agreement")
     assert outcome.code == 2 and "agreement needs the classes that samples.npz was asked for" in outcome.err
     np.savez("asked.npz", images[1], np.ones(20))

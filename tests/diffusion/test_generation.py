@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +19,15 @@ from PIL import Image
 from common.data import Digits
 from common.errors import InputError
 from common.randomness import normal, uniform
+from common.training import progress
 from common.training.checkpoints import read
 from common.training.optim import Recipe
-from diffusion import DiT, Generation
+from diffusion import DiT, Generation, samples
 from diffusion.evaluation import evaluate
 from diffusion.features import load_classifier
 from diffusion.image_sets import Folder
 from diffusion.initialisation import initialise_dit
+from diffusion.samples import SampleFolder
 from diffusion.sampling import Sampler
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
@@ -281,6 +285,78 @@ def test_samples_that_are_no_numbers_are_no_images(generation: Callable, tmp_pat
     outcome = generation("predict", "--init_from", "dit.pt", "--model.position", "sincos", *FEW)
     assert outcome.code == 1 and "samples are not finite numbers" in outcome.err
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_what_goes_wrong_with_a_batch_of_samples_ends_the_next_at_once(
+    generation: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, failed, (as_pixels, predicted) = [], threading.Event(), (samples.as_pixels, Sampler.predicted)
+
+    def looked(images: torch.Tensor) -> torch.Tensor:
+        try:
+            return as_pixels(images * math.nan)
+        finally:
+            failed.set()
+
+    def counted(*arguments: object) -> torch.Tensor:
+        steps.append(len(steps))
+        if len(steps) > 4:  # of the first batch
+            assert failed.wait(60)
+            time.sleep(0.2)
+        return predicted(*arguments)
+
+    assert generation("fit").code == 0
+    monkeypatch.setattr(samples, "as_pixels", looked)
+    monkeypatch.setattr(Sampler, "predicted", counted)
+    outcome = generation("predict", *FEW, "--data.eval_batch_size", "1")
+    assert outcome.code == 1 and "samples are not finite numbers" in outcome.err
+    assert 4 < len(steps) < 8 and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_batch_is_written_while_the_next_is_generated(
+    generation: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not even looked at before: on a GPU that would wait until it is decoded."""
+    begun, waited, (as_pixels, generate) = [], [], (samples.as_pixels, Generation.generate)
+    second = threading.Event()
+
+    def generated(*arguments: object) -> torch.Tensor:
+        begun.append(len(begun))
+        if len(begun) == 2:
+            second.set()
+        return generate(*arguments)
+
+    def looked(images: torch.Tensor) -> torch.Tensor:
+        waited.append(second.wait(30))
+        return as_pixels(images)
+
+    assert generation("fit").code == 0
+    monkeypatch.setattr(Generation, "generate", generated)
+    monkeypatch.setattr(samples, "as_pixels", looked)
+    assert generation("predict", *FEW, "--data.eval_batch_size", "2").code == 0
+    assert begun == [0, 1, 2] and waited == [True] * 3 and len(pictures()) == 5
+
+
+def test_what_goes_wrong_with_writing_is_told_once_and_nothing_is_written(tmp_path: Path) -> None:
+    folder = SampleFolder(tmp_path)
+    folder.look()
+    folder.write_behind([0, 1], torch.tensor([0.0, math.inf]).view(2, 1, 1, 1))
+    with pytest.raises(FloatingPointError, match="samples are not finite numbers; try --trainer.precision 32-true"):
+        for _ in range(1000):
+            folder.look()
+            time.sleep(0.01)
+    folder.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_says_how_much_of_a_batch_of_samples_is_done(
+    generation: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generation("fit").code == 0
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    outcome = generation("predict", *FEW, "--data.eval_batch_size", "3")
+    lines = [line.split(" · ")[0] for line in outcome.err.splitlines() if line.startswith("predict: batch")]
+    assert lines == [f"predict: batch {done}/2" for done in ("0.25", "0.5", "0.75", 1, 1, "1.25", "1.5", "1.75", 2, 2)]
 
 
 def test_latents_of_another_autoencoder_are_another_language(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from common.data import Augment, Digits
 from common.data.loader import Draw
 from common.errors import InputError
 from common.randomness import normal
-from diffusion import LatentData, latent_data
+from diffusion import DiT, LatentData, latent_data
 from diffusion import latents as latents_room
 from diffusion.autoencoder import Autoencoder
 from diffusion.latent_set import LatentSet
@@ -174,6 +174,9 @@ MISSING = [("00001.npy", Path.unlink), ("labels.npy", Path.unlink)]
 DAMAGED = [
     ("00001.npy", truncate), ("00001.npy", fill(b"")), ("00001.npy", fill(b"garbage")), ("labels.npy", truncate),
     ("00002.npy", lambda path: path.write_bytes(path.with_name("labels.npy").read_bytes())),
+    ("00001.npy", lambda path: np.save(path, np.load(path)[:, :, :1])),  # one channel, half of an image, mirror images
+    ("00001.npy", lambda path: np.save(path, np.load(path)[..., :2])),
+    ("00001.npy", lambda path: np.save(path, np.load(path).repeat(2, axis=1))),
     ("index.json", fill(b"garbage")), ("index.json", fill(b"\xff")), ("index.json", fill(b"{}")),
 ]  # fmt: skip
 
@@ -196,7 +199,7 @@ def test_another_autoencoder_is_refused(tmp_path: Path) -> None:
         encode(tmp_path / "latents", second)
     with pytest.raises(InputError, match="holds no mirror images, and data.augment.flip is 0.5"):
         fingerprint = json.loads((tmp_path / "latents/train/index.json").read_text())["fingerprint"]
-        LatentSet(tmp_path / "latents", "train", fingerprint, Augment(flip=0.5), seed=0)
+        LatentSet(tmp_path / "latents", "train", fingerprint, (2, 4, 4), Augment(flip=0.5), seed=0)
 
 
 @pytest.mark.parametrize("more, message", [
@@ -245,15 +248,46 @@ def test_where_latents_come_from_makes_no_other_run(command: Callable, cache: Pa
     assert outcome.code == 0 and "2 samples -> " in outcome.out, outcome.err
 
 
+def test_a_model_in_bf16_is_given_and_gives_latents_that_are_coded_in_fp32(
+    command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoencoder, seen = save(tmp_path / "autoencoder.ckpt", "kl"), {}
+
+    def watch(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def watched(*arguments: Any) -> torch.Tensor:
+            output = method(*arguments)
+            seen.setdefault(name, set()).add((torch.is_autocast_enabled("cpu"), output.dtype))
+            return output
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(DiT, "forward")
+    watch(Autoencoder, "moments")
+    watch(Autoencoder, "decode")
+    options = [*IMAGES, "--data.autoencoder", autoencoder, "--run_name", "a", "--model.picture_steps", "2",
+               "--model.predict.samples", "3", "--model.predict.steps", "2", "--trainer.precision",
+               "bf16-mixed", "--trainer.max_epochs", "1"]  # fmt: skip
+    in_fp32, in_bf16 = {(False, torch.float32)}, {(True, torch.bfloat16)}
+    assert command("fit", *options, config=DIGITS, study="diffusion").code == 0
+    assert seen == {"moments": in_fp32, "forward": in_bf16, "decode": in_fp32}  # a picture of samples
+    seen.clear()
+    assert command("predict", *options, config=DIGITS, study="diffusion").code == 0
+    assert seen == {"forward": in_bf16, "decode": in_fp32}
+    [record] = (json.loads(path.read_text()) for path in tmp_path.rglob("record.json"))
+    assert record["precision"] == "bf16-mixed" and record["autoencoder_precision"] == "32-true"
+
+
 def test_no_more_images_are_encoded_at_once_than_fit_beside_a_model() -> None:
-    sizes = []
+    sizes, beats = [], []
 
     def coder(images: torch.Tensor) -> torch.Tensor:
         sizes.append(len(images))
         return 2 * images
 
     images = torch.arange(70.0)
-    assert torch.equal(latent_data._in_pieces(coder, images, (256, 256)), 2 * images)
-    assert sizes == [64, 6]
+    assert torch.equal(latent_data._in_pieces(coder, images, (256, 256), lambda: beats.append(len(sizes))), 2 * images)
+    assert sizes == [64, 6] and beats == [1, 2]
     latent_data._in_pieces(coder, images[:1], (8192, 8192))
     assert sizes[2:] == [1]

@@ -301,6 +301,22 @@ def test_a_vq_folder_with_attention_at_the_coarsest_level(tmp_path):
     assert net.beta == 0.5
 
 
+@pytest.mark.parametrize("model, more", [(AutoencoderKL, {}), (VQModel, {"num_vq_embeddings": 32})])
+def test_what_a_config_of_diffusers_first_versions_does_not_say_is_what_diffusers_takes(tmp_path, model, more):
+    """0.1.2 and 0.2.2 wrote no norm_num_groups: no weight's shape tells that there are 32 groups."""
+    said = {"_class_name": model.__name__, "_diffusers_version": "0.1.2", **KL, "block_out_channels": [32, 64], **more}
+    for entry in ("norm_num_groups", "act_fn", "layers_per_block"):
+        del said[entry]
+    scrambled(model.from_config(said)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(said))
+    theirs, net = model.from_pretrained(tmp_path / "model").eval(), load_autoencoder(tmp_path / "model")
+    images, latents = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(net.moments(images), theirs.quant_conv(theirs.encoder(images)))
+        torch.testing.assert_close(net.decode(latents), theirs.decode(latents).sample)
+    assert net.config["groups"] == 32 and net.config["res_blocks"] == 1
+
+
 @pytest.mark.parametrize("change, said", [
     ({"_class_name": "AutoencoderTiny"}, "_class_name='AutoencoderTiny' is not one of VQModel, AutoencoderKL"),
     ({"act_fn": "relu"}, "act_fn=relu is not supported; with the other entries it must be silu"),
@@ -311,7 +327,8 @@ def test_a_vq_folder_with_attention_at_the_coarsest_level(tmp_path):
     ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "is not supported"),
     ({"norm_num_groups": 5}, "model.groups=5 does not divide base=8"),
     ({"dropout": 0.1}, "dropout is not known"),
-    ({"latent_channels": ...}, "there is no latent_channels"),
+    ({"norm_num_groups": ...}, "model.groups=32 does not divide base=8"),  # 32 is diffusers' default
+    ({"block_out_channels": ...}, "down_block_types=['DownEncoderBlock2D', 'DownEncoderBlock2D'] is not supported"),
     (b"{", "not JSON"),
     (b"[]", "holds a list"),
     (None, "there is no such file"),

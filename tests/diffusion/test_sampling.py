@@ -139,6 +139,15 @@ def test_a_sample_is_a_function_of_its_number(solver, monkeypatch):
     assert (other - whole[:7]).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_step_of_every_piece_is_a_sign_of_life(solver, monkeypatch):
+    net, shares = dit(), []
+    monkeypatch.setattr(sampling, "PIECE", 16 * net.tokens)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    Sampler(GaussianDiffusion(), solver, 4)(net, torch.arange(40), torch.arange(40) % 3, shares.append)
+    assert shares == pytest.approx([step / 12 for step in range(1, 13)])
+
+
 def test_guidance_is_what_the_net_makes_of_it():
     net, labels = dit(), torch.tensor([1, 2])
     seen = []

@@ -219,6 +219,22 @@ def test_predict_writes_reconstructions(whole, tmp_path):
         assert np.abs(written - (127.5 * (expected.clamp(-1, 1) + 1)).numpy()).max() <= 0.51
 
 
+def test_reconstructions_are_made_in_fp32_whatever_the_trainings_precision(whole, tmp_path):
+    folder, kind = whole
+    (tmp_path / "in").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.png")
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        options = [*TINY, "--model.kind", kind, "--init_from", run_of(folder), "--trainer.precision", precision]
+        code, said = study(tmp_path, "validate", *options)
+        assert code == 0, said
+        metrics = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) == 2}
+        assert study(tmp_path, "predict", *options, "--data.images", tmp_path / "in")[0] == 0
+        found.append((metrics, (run_of(tmp_path) / "predictions" / "a.png.png").read_bytes()))
+    assert found[0] == found[1] and {"loss", "psnr"} <= found[0][0].keys()
+
+
 def test_the_usage_of_a_training_epoch_counts_every_image_once(tmp_path, scalars):
     """In micro-batches, at a learning rate of 0, so that the net is the same for all of them."""
     options = [*TINY, "--model.adversary.weight", "0", "--model.optim.lr", "0", "--data.batch_size", "399",

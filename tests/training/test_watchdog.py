@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Command
+from forked import ROOT, Command
 from processes import until
 
 from common.training import watchdog
 from common.training.checkpoints import read
+from diffusion.sampling import Sampler
 from supervised import Classification
 
 # A user's own classes, in a module of the working directory: they wait for ever, the first time that they come there.
@@ -217,6 +218,27 @@ def test_what_is_slow_does_not_hang(command: Callable, at: Callable, alarms: lis
     outcome = command("fit", "--run_name", "run", "--hang_timeout", "0.8", "--trainer.max_epochs", "1",
                       "--model.optim.warmup_epochs", "0", *options, *rhythm)
     assert outcome.code == 0 and not alarms
+
+
+def test_a_batch_of_samples_may_take_longer_than_a_batch(
+    command: Callable, alarms: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve steps of a solver, of which each takes more than a tenth of the time."""
+    predicted, picture = Sampler.predicted, type("Picture", (), {"savefig": lambda *_: None})
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.35)
+        return predicted(*arguments)
+
+    options = ["--run_name", "run", "--data.autoencoder", "null", "--data.image_size", "8", "--model.picture_epochs",
+               "0", "--trainer.max_epochs", "1", "--model.predict.solver", "ddim", "--model.predict.steps", "12",
+               "--model.predict.samples", "3"]  # fmt: skip
+    generation = {"config": ROOT / "diffusion/configs/digits.yaml", "study": "diffusion"}
+    assert command("fit", *options, **generation).code == 0
+    monkeypatch.setattr(Sampler, "predicted", slow)
+    monkeypatch.setattr("diffusion.generation.grid", lambda *_: picture())  # matplotlib's import takes a second
+    outcome = command("predict", *options, "--hang_timeout", "3", **generation)
+    assert outcome.code == 0 and "3 samples" in outcome.out and not alarms
 
 
 def test_a_hang_is_noticed_in_this_process_too(command: Callable, at: Callable, alarms: list, tmp_path: Path) -> None:
