@@ -24,16 +24,8 @@ test: setup lint  ## run the test suite (35 minutes on 2 slow cores)
 soak: setup  ## run the long fault tests, some take most of 24 GB (35 minutes on 2 slow cores)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m soak
 
-GPU_CONFIGS = $(addprefix supervised/configs/,cifar100 imagenet28 imagenet64 nyu_depth) mae/configs/cifar100 \
-	mae/configs/imagenet28 diffusion/configs/cifar10 diffusion/configs/imagenet256
-gpu: setup  ## on a machine with a GPU: its tests, the step of every paper config, and CIFAR-10 by ViT-T/1 and /2 (20 minutes)
-	$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "there is no GPU that torch can use")'
-	$(RUN) -m pytest -m gpu
-	for patch in 1 2; do $(RUN) -m common.benchmark step --batch 64 --json runs/benchmark/gpu-p$$patch.json \
-		--config $(addsuffix .yaml,$(GPU_CONFIGS)) -- --model.patch_size $$patch || exit 1; done
-	for patch in 1 2; do $(RUN) -m supervised fit --config supervised/configs/cifar10.yaml --model.patch_size $$patch \
-		--trainer.max_epochs 10 --model.optim.warmup_epochs 1 || exit 1; done
-	$(RUN) -m common.compare runs/supervised/cifar10-*
+gpu: setup  ## on a machine with a GPU: all that only a GPU shows, see common/benchmark/gpu.py (20 minutes on an H200, by estimate)
+	$(RUN) -m common.benchmark gpu
 
 lint: setup  ## check the code with ruff
 	$(RUN) -m ruff check .

@@ -1,11 +1,13 @@
-"""What generation costs beside the obvious alternative, on the CPU; a GPU is not used.
+"""What generation costs beside the obvious alternative, on the CPU; peers and sampling on a GPU where --device says.
 
   step      the training step under the Trainer of `fit`, with curves, progress, run folder, TensorBoard and average,
             against the same net, loss, AdamW and average in a plain loop; both under bf16, or in fp32 on a processor
             that only imitates bf16
-  peers     the step in fp32 beside that of diffusers' DiTTransformer2DModel of the same size
+  peers     the step in fp32 beside that of diffusers' DiTTransformer2DModel of the same size; on a GPU compiled and in
+            bf16, beside theirs and our own in eager fp32
   latents   images that training reads as cached latents, against images that are encoded as they come
-  sampling  guided samples in batches, both predictions in one forward, against one sample at a time in two forwards
+  sampling  guided samples in batches, both predictions in one forward, against one sample at a time in two forwards;
+            on a GPU compiled and in bf16, against the same and against eager fp32
   metrics   FID's statistics of images against torch-fidelity's; memory and time of precision and recall, and of the
             analysis of attention, each in a process of its own. It takes many minutes, and is no part of `all`
 
@@ -21,7 +23,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.metadata import version
@@ -32,13 +34,15 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import Dataset
 
-from common.benchmark.interleaving import interleaved, ratios, timed
+from common.benchmark.device import FAST, PLAIN, add_device, autocast, parsed, prepare_device, start_afresh
+from common.benchmark.interleaving import interleaved, raced, ratios, timed
 from common.benchmark.report import Section, check_counts, publish
 from common.benchmark.trainer_cost import Timed, fit, without_lightning
-from common.command import run_command
+from common.command import Parser, run_command
 from common.data.loader import Draw, GlobalBatchData
 from common.device import has_bf16
 from common.training.cli import StudyCLI, quieten
+from common.training.compilation import compile_blocks
 from diffusion import latents
 from diffusion.dit import DiT
 from diffusion.generation import Generation
@@ -48,15 +52,20 @@ from diffusion.process import GaussianDiffusion
 from diffusion.sampling import Sampler
 
 MODES = ("step", "peers", "latents", "sampling")
+ON_GPU = ("peers", "sampling")
+# Of peers and samples: what a core computes soon, and the paper's DiT with as many images as keep a GPU busy.
+DEFAULTS = {"cpu": {"size": "nano", "side": 8, "batch": 64, "samples": 64},
+            "cuda": {"size": "large", "side": 32, "batch": 16, "samples": 16}}  # fmt: skip
 BATCH = 128  # of training, as in the config
 SAMPLED_AT_ONCE = 64
-CHANNELS, SIDE, CLASSES = 4, 8, 10  # of the latents of a step, and of samples
+CHANNELS, SIDE, CLASSES = 4, 8, 10  # of the latents of a step; and the channels and classes of peers and samples
 GUIDANCE = 1.5
 CONFIGS = Path(__file__).parent / "configs"
 RECIPE = ("--config", str(CONFIGS / "digits.yaml"), "--model.optim.warmup_epochs=0")  # the config's outlasts our epoch
 STEP_COLUMNS = ("model", "latents", "batch", "plain loop ms", "Trainer ms", "Trainer / plain loop (quartiles)")
 LATENTS_COLUMNS = ("autoencoder", "latents", "encoded images/s", "cached images/s", "times as fast (quartiles)")
-SAMPLING_COLUMNS = ("model", "one by one, samples/s", "in batches, samples/s", "times as fast (quartiles)")
+SAMPLING_COLUMNS = ("model", "in batches", "one by one", "one by one, samples/s", "in batches, samples/s",
+                    "times as fast (quartiles)")  # fmt: skip
 
 
 # The training step
@@ -194,6 +203,12 @@ def measure_latents(kind: str, rounds: int) -> tuple[str, ...]:
 # Sampling
 
 
+def untrained(options: argparse.Namespace, patch_size: int) -> DiT:
+    """The net of peers and samples."""
+    torch.manual_seed(0)
+    return DiT(options.side, patch_size, CHANNELS, CLASSES, size=options.size).to(options.device)
+
+
 def in_batches(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
     chunks = zip(numbers.split(SAMPLED_AT_ONCE), labels.split(SAMPLED_AT_ONCE), strict=True)
     return torch.cat([sampler(net, *chunk) for chunk in chunks])
@@ -203,36 +218,50 @@ def in_batches(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> T
 def one_by_one(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
     """The same samples in the loop that one would write by hand."""
     process = sampler.process.respaced(sampler.steps)
-    samples, nothing = [], torch.tensor([net.classes])
+    timesteps, steps = (values.to(numbers.device) for values in (process.timesteps, torch.arange(sampler.steps)))
+    samples, nothing = [], labels.new_tensor([net.classes])
     for number, label in zip(numbers.split(1), labels.split(1), strict=True):
         x = sampler.noise("sample", number, (net.channels, *net.input_size))
         for step in reversed(range(sampler.steps)):
-            timestep = process.timesteps[step][None]
-            conditional = net(x, timestep, label)[:, : net.channels]
-            null = net(x, timestep, nothing)[:, : net.channels]
-            x = process.ddim_sample(null + sampler.guidance * (conditional - null), x, torch.tensor([step]))
+            timestep = timesteps[step][None]
+            conditional = net(x, timestep, label)[:, : net.channels].float()
+            null = net(x, timestep, nothing)[:, : net.channels].float()
+            x = process.ddim_sample(null + sampler.guidance * (conditional - null), x, steps[step][None])
         samples.append(x)
     return torch.cat(samples)
 
 
-def measure_sampling(patch_size: int, samples: int, steps: int, rounds: int) -> tuple[str, ...]:
-    """A row of the table; a round is all samples of both sides."""
-    torch.manual_seed(0)
-    net = DiT(SIDE, patch_size, CHANNELS, CLASSES, size="nano").eval()
+def measure_sampling(net: DiT, samples: int, steps: int, rounds: int, fast: bool = False) -> Iterator[tuple[str, ...]]:
+    """A row of the table for each numerics of the samples that are drawn one by one; a round is all samples of both
+    sides. Both are in fp32; or those in batches are `fast`, compiled and in bf16, and the others that as well, or not.
+    """
+    start_afresh()
+    device = next(net.parameters()).device
+    numbers = torch.arange(samples, device=device)
     sampler = Sampler(GaussianDiffusion(), "ddim", steps, GUIDANCE, guidance_channels=CHANNELS)
-    numbers = torch.arange(samples)
-    sides = {side: partial(side, net, sampler, numbers, numbers % CLASSES) for side in (one_by_one, in_batches)}
-    for side in sides.values():
-        side()  # imports and first calls are over before the clock runs
-    seconds = interleaved({side: timed(sampled) for side, sampled in sides.items()}, rounds)
-    speeds = (f"{samples / statistics.median(values):,.1f}" for values in seconds.values())
-    return f"nano/{patch_size}", *speeds, f"{ratios(seconds[in_batches], seconds[one_by_one]):.2f}"
+    nets = {PLAIN: net.eval()}
+    if fast:
+        nets = {FAST: copy.deepcopy(net), f"eager {PLAIN}": net}
+        compile_blocks(nets[FAST])
+
+    def drawn(side: Callable[..., Tensor], numerics: str) -> Tensor:
+        with autocast(device, numerics == FAST):
+            return side(nets[numerics], sampler, numbers, numbers % CLASSES)
+
+    together = next(iter(nets))
+    for alone in nets:
+        ours, theirs, ratio = raced(partial(drawn, in_batches, together), partial(drawn, one_by_one, alone), rounds,
+                                    device)  # fmt: skip
+        yield (f"/{net.patch_size}, {net.depth} x {net.width}", together, alone,
+               *(f"{samples / seconds:,.1f}" for seconds in (theirs, ours)), f"{ratio:.2f}")
 
 
 # The command
 
 
 def sections(options: argparse.Namespace) -> Iterator[Section]:
+    fast = options.device == "cuda"
+    tf32 = "; products in fp32 are TF32's" if fast else ""
     if options.mode in ("step", "all"):
         rows = [measure_step(patch_size, options.steps, options.rounds, options.size) for patch_size in (1, 2)]
         precision = "under bf16" if has_bf16() else "in fp32"
@@ -240,19 +269,19 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
     if options.mode in ("peers", "all"):
         from diffusion import peers
 
-        torch.manual_seed(0)
-        nets = (DiT(SIDE, patch_size, CHANNELS, CLASSES, size="nano") for patch_size in (1, 2))
-        rows = [peers.measure(net, options.batch * net.patch_size, options.rounds) for net in nets]
-        yield Section("Training step in fp32, beside diffusers' DiTTransformer2DModel:", peers.COLUMNS, rows)
+        rows = [row for patch_size in (1, 2) for row in peers.measure(
+            untrained(options, patch_size), options.batch * patch_size, options.rounds, fast)]
+        yield Section(f"Training step, beside diffusers' DiTTransformer2DModel{tf32}:", peers.COLUMNS, rows)
     if options.mode in ("latents", "all"):
         rows = [measure_latents(kind, options.rounds) for kind in ("vq", "kl")]
         yield Section("Latents of digits for training, by the autoencoder of autoencoder_digits.yaml:",
                       LATENTS_COLUMNS, rows)
     if options.mode in ("sampling", "all"):
-        rows = [measure_sampling(patch_size, options.samples, options.solver_steps, options.rounds)
-                for patch_size in (1, 2)]
-        yield Section(f"{options.samples} samples of {SIDE}x{SIDE}x{CHANNELS} in batches of {SAMPLED_AT_ONCE}, "
-                      f"{options.solver_steps} steps of DDIM, guidance {GUIDANCE}, fp32:", SAMPLING_COLUMNS, rows)
+        rows = [row for patch_size in (1, 2) for row in measure_sampling(
+            untrained(options, patch_size), options.samples, options.solver_steps, options.rounds, fast)]
+        shape = f"{options.side}x{options.side}x{CHANNELS}"
+        yield Section(f"{options.samples} samples of {shape} in batches of {SAMPLED_AT_ONCE}, {options.solver_steps} "
+                      f"steps of DDIM, guidance {GUIDANCE}{tf32}:", SAMPLING_COLUMNS, rows)
     if options.mode == "metrics":
         from diffusion import metrics_cost as cost  # matplotlib, which the other modes do without
 
@@ -267,17 +296,19 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
                       cost.MEMORY_COLUMNS, rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m diffusion.benchmark", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("python -m diffusion.benchmark", __doc__)
     parser.add_argument("mode", nargs="?", choices=[*MODES, "metrics", "all"], default="all", help="default: all")
-    parser.add_argument("--size", default="nano", help="step: row of the table of sizes (default nano)")
+    cpu, gpu = DEFAULTS.values()
+    parser.add_argument("--size", default=cpu["size"], help="step, peers, sampling: row of the table of sizes (default "
+                        f"{cpu['size']}; on a GPU {gpu['size']})")  # fmt: skip
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
         ("steps", 20, "step: steps of each round"),
-        ("batch", 64, "peers: latents of a step at /1; twice as many at /2"),
-        ("samples", 64, "sampling: samples of each round"),
+        ("side", cpu["side"], f"peers, sampling: of the latents, in latent pixels; on a GPU {gpu['side']}"),
+        ("batch", cpu["batch"], f"peers: latents of a step at /1; twice as many at /2; on a GPU {gpu['batch']}"),
+        ("samples", cpu["samples"], f"sampling: samples of each round; on a GPU {gpu['samples']}"),
         ("solver_steps", 10, "sampling: steps of DDIM"),
         ("images", 64, "metrics: images of each round whose statistics are taken"),
         ("generated", 50_000, "metrics: samples that precision and recall are of"),
@@ -285,13 +316,20 @@ def _parser() -> argparse.ArgumentParser:
         ("analysed", 20, "metrics: images whose attention is analysed"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    add_device(parser, ON_GPU)
     parser.add_argument("--json", metavar="FILE", help="write the tables as JSON too")
     return parser
 
 
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """What `sections` is told by a command line."""
+    return parsed(_parser(), arguments, DEFAULTS)
+
+
 def main(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
-    check_counts(options, rounds=1, threads=1, steps=2, batch=1, samples=1, solver_steps=2, images=2,
+    options = options_of(arguments)
+    prepare_device(options, ON_GPU)
+    check_counts(options, rounds=1, threads=1, steps=2, side=2, batch=1, samples=1, solver_steps=2, images=2,
                  generated=NEIGHBOUR + 1, references=NEIGHBOUR + 1, analysed=1)
     torch.set_num_threads(options.threads)
     quieten()

@@ -1,12 +1,12 @@
-"""What masked autoencoding costs, on the CPU; python -m common.benchmark step has a GPU's.
+"""What masked autoencoding costs; python -m common.benchmark step has the configs' steps.
 
   masking  what masking saves of a step's time and memory, next to the formulas of mae.cost. The encoder sees a quarter
            of the tokens and the decoder all of them, so that the decoder decides how much is left of the saving: three
            are measured. The loss is taken over all tokens on both sides, since without a mask there are no masked ones
-  peers    the step through our blocks against timm's
+  peers    the step through our blocks against timm's; on a GPU, where --device says so, in bf16 and compiled
 
-A step is forward, loss, backward and AdamW in fp32. The sides take turns, and each ratio is the median over rounds of
-what was measured side by side. The result is Markdown for RESULTS.md, and JSON where --json names a file.
+A step is forward, loss, backward and AdamW, in fp32 on the CPU. The sides take turns, and each ratio is the median over
+rounds of what was measured side by side. The result is Markdown for RESULTS.md, and JSON where --json names a file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.benchmark.device import FAST, PLAIN, add_device, autocast, parsed, prepare_device
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.memory import kept_bytes
 from common.benchmark.report import Section, check_counts, publish, quieten_lightning
-from common.command import run_command
+from common.command import Parser, run_command
 from common.training.optim import Recipe, adamw
 from mae.cost import activation_bytes, forward_flops
 from mae.model import MaskedAutoencoder
@@ -31,6 +32,7 @@ from mae.model import MaskedAutoencoder
 MASKED, WHOLE = 0.75, 0.0  # the mask ratios of the two sides
 RECIPE = Recipe(lr=1e-4)
 TIME_COLUMNS = ("decoder", "ms at 0.75", "ms at 0", "measured ratio (quartiles)", "ratio of FLOPs", "apart")
+DEFAULTS = {"cpu": {"batch": 2}, "cuda": {"batch": 256}}
 MEMORY_COLUMNS = ("decoder", "MB at 0.75", "blocks at 0.75", "MB at 0", "blocks at 0", "ratio", "ratio of blocks")
 
 
@@ -47,26 +49,27 @@ DECODERS = (Decoder(192, 8, 3), Decoder(256, 8, 8), Decoder(512, 8, 16))
 class Step:
     """A training step of one model on one random batch, at a mask ratio that the caller chooses."""
 
-    def __init__(self, net: MaskedAutoencoder, batch: int) -> None:
+    def __init__(self, net: MaskedAutoencoder, batch: int, bf16: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.net = net
-        self.images = torch.randn(batch, net.channels, *net.image_size, generator=generator)
-        self.noise = torch.rand(batch, net.tokens, generator=generator)
+        self.net, self.bf16, self.device = net, bf16, net.pos_embed.device
+        self.images = torch.randn(batch, net.channels, *net.image_size, generator=generator).to(self.device)
+        self.noise = torch.rand(batch, net.tokens, generator=generator).to(self.device)
         self.optimizer = adamw(net, RECIPE, RECIPE.lr)
 
     def loss(self, mask_ratio: float) -> Tensor:
         """MAE's loss, but over all tokens."""
-        latent, _, ids_restore = self.net.forward_encoder(self.images, self.noise, mask_ratio)
-        prediction = self.net.forward_decoder(latent, ids_restore)
+        with autocast(self.device, self.bf16):
+            latent, _, ids_restore = self.net.forward_encoder(self.images, self.noise, mask_ratio)
+            prediction = self.net.forward_decoder(latent, ids_restore)
         return self.net.forward_loss(self.images, prediction, torch.ones_like(self.noise))
 
-    def __call__(self, mask_ratio: float) -> float:
+    def __call__(self, mask_ratio: float) -> Tensor:
         """Takes the step and returns its loss."""
         self.optimizer.zero_grad()
         loss = self.loss(mask_ratio)
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return loss.detach()
 
 
 def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -93,7 +96,9 @@ def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str,
 
 
 def sections(options: argparse.Namespace) -> Iterator[Section]:
-    model = f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, fp32"
+    fast = options.device == "cuda"
+    model = (f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, "
+             f"{FAST if fast else PLAIN}")
     if options.mode in ("masking", "all"):
         yield from masking(options, model)
     if options.mode in ("peers", "all"):
@@ -101,9 +106,9 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
 
         torch.manual_seed(0)
         net = MaskedAutoencoder(options.image, options.patch_size, size=options.size, decoder_width=192,
-                                decoder_depth=4, decoder_heads=3)  # fmt: skip
+                                decoder_depth=4, decoder_heads=3).to(options.device)  # fmt: skip
         yield Section(f"Training step of {model}, through our blocks and through timm's:", peers.COLUMNS,
-                      [peers.measure(net, options.batch, options.rounds)])
+                      [peers.measure(net, options.batch, options.rounds, fast)])
 
 
 def masking(options: argparse.Namespace, model: str) -> Iterator[Section]:
@@ -121,25 +126,31 @@ def masking(options: argparse.Namespace, model: str) -> Iterator[Section]:
                   memory)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m mae.benchmark", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("python -m mae.benchmark", __doc__)
     parser.add_argument("mode", nargs="?", choices=["masking", "peers", "all"], default="all", help="default: all")
     parser.add_argument("--size", default="tiny", help="row of the table of sizes (default tiny)")
     for name, default, text in [
         ("patch_size", 1, "side of a patch in pixels"),
         ("image", 32, "side of an image in pixels"),
-        ("batch", 2, "images of a step"),
+        ("batch", DEFAULTS["cpu"]["batch"], f"images of a step; on a GPU {DEFAULTS['cuda']['batch']}"),
         ("rounds", 12, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    add_device(parser, ["peers"])
     parser.add_argument("--json", metavar="FILE", help="write the tables as JSON too")
     return parser
 
 
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """What `sections` is told by a command line."""
+    return parsed(_parser(), arguments, DEFAULTS)
+
+
 def main(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
+    options = options_of(arguments)
+    prepare_device(options, ["peers"])
     check_counts(options, patch_size=1, image=1, batch=1, rounds=1, threads=1)
     torch.set_num_threads(options.threads)
     quieten_lightning()

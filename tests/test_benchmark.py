@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, that its sides do the same work, and that each mode runs. Nothing here is timed."""
 
+import argparse
 import json
 import os
 import tempfile
@@ -14,11 +15,12 @@ from forked import run
 from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
+from common.benchmark import __main__ as benchmark
 from common.benchmark import augmentation, building, interleaving, peers, pipelines, scaling, step, trainer_cost
 from common.benchmark.__main__ import main
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.peers import Case
-from common.benchmark.report import table
+from common.benchmark.report import Section, table
 from common.errors import InputError
 from common.training.checkpoints import Checkpoints
 from common.training.curves import Curves
@@ -63,7 +65,7 @@ def test_both_models_take_the_same_steps(patch_size: int, precision: str, tolera
     losses = {}
     for name, net in nets.items():
         step = peers.training_step(net, *peers.batch_of(case), precision)
-        losses[name] = [step() for _ in range(5)]
+        losses[name] = [step().item() for _ in range(5)]
     assert losses["ours"] == pytest.approx(losses["timm"], rel=tolerance)
     assert all(later < earlier for earlier, later in pairwise(losses["ours"]))
     weights = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
@@ -84,6 +86,22 @@ def test_a_timed_step_is_the_whole_step() -> None:
     assert interleaving.timed(lambda: time.sleep(0.02) or 0.0)() >= 0.02
 
 
+def test_a_gpu_is_waited_for_once_around_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 0.1 s each, which a GPU is given until 0.3 s are over; a CPU takes one."""
+    now, did = [0.0], []
+
+    def step() -> None:
+        now[0] += 0.1
+        did.append("step")
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append("wait"))
+    assert interleaving.timed(step, torch.device("cuda"))() == pytest.approx(0.1)
+    assert did == ["wait", "step", "step", "step", "wait"]
+    did.clear()
+    assert interleaving.timed(step)() == pytest.approx(0.1) and did == ["step"]
+
+
 def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"ours": [0.1, 0.2, 0.4], "theirs": [0.4, 0.4, 0.4]}
     monkeypatch.setattr(interleaving, "interleaved", lambda sides, rounds: times)
@@ -92,7 +110,7 @@ def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["ours ms"], row["timm ms"]) == ("200.0", "400.0")
     assert (row["ours images/s"], row["timm images/s"]) == ("40", "20")
     assert row["times as fast (quartiles)"] == "2.000 (1.500 to 3.000)"
-    assert 0 < float(row["ours MB kept"]) <= float(row["timm MB kept"])
+    assert 0 < float(row["ours MB"]) <= float(row["timm MB"])
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -103,6 +121,27 @@ def test_cases_are_those_of_the_acceptance(bf16: bool, monkeypatch: pytest.Monke
     assert covered == {("nano", 8, 1, "fp32"), ("nano", 8, 2, "fp32")} | cifar
     assert {case.depth for case in peers.cases(depth=3) if case.size == "tiny"} == {3}
     assert {case.batch for case in peers.cases(depth=3, batch=5)} == {5}
+
+
+def test_cases_of_a_gpu_are_the_paper_s_sizes_compiled() -> None:
+    cases = peers.cases(None, device=torch.device("cuda"))
+    assert [(case.size, case.depth, case.patch_size, case.side, case.precision) for case in cases] == [
+        (size, 12, 1, 32, "bf16, compiled") for size in ("tiny", "small", "base")]
+
+
+def test_what_is_compiled_computes_the_same_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler that compiles nothing: ours block by block, timm's as a whole."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda net, backend="", **options: compile(net, backend="eager", **options))
+    case = small(1, "bf16, compiled")
+    nets, losses, seen = peers.models(case), [], set()
+    assert [net._compiled_call_impl is not None for net in nets.values()] == [False, True]
+    assert nets["ours"].blocks[0]._compiled_call_impl is not None
+    for net in nets.values():
+        net.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+        losses.append(peers.training_step(net, *peers.batch_of(case), case.precision)().item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and seen == {torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +303,12 @@ def test_table_is_markdown() -> None:
     assert [cells(line) for line in lines] == [["a", "bb"], ["---", "--"], ["1", "2"], ["100", "20"]]
 
 
-def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_every_mode_reports_with_its_circumstances(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = torch.get_num_threads()
+    monkeypatch.setattr(benchmark, "of_study", lambda study, mode, options: [
+        Section(f"{mode} of {study}", ["rounds"], [[str(options.rounds)]])])
     try:
         small = ["--rounds", "1", "--depth", "1", "--batch", "1", "--steps", "3", "--images", "8", "--crops", "4"]
         assert main(["all", *small, "--json", str(tmp_path / "all.json"), "--config", CONFIG]) == 0
@@ -287,6 +330,8 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
     tables = {table["caption"]: table["rows"] for table in written["tables"]}
     [row] = tables["Training step of a config, on noise:"]
     assert row["config"] == "supervised/digits" and row["tokens"] == 64 and row["compiled"] == "no"
+    for of_study in ("peers of mae", "peers of diffusion", "sampling of diffusion"):
+        assert tables.pop(of_study) == [{"rounds": 1}]
     assert sum(map(len, tables.values())) == sum(len(row) > 1 for row in rows) - 2 * len(tables)
 
 
@@ -334,7 +379,7 @@ def test_a_step_of_any_study_trains_its_net(config: str, tmp_path: Path, monkeyp
 
 def test_row_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """8 images of three times the forward's FLOPs in 10 ms, of a peak that is known."""
-    monkeypatch.setattr(step, "seconds_of", lambda work, device: work() is None or 0.01)
+    monkeypatch.setattr(step, "seconds_of", lambda taken, device: taken() is None or 0.01)
     monkeypatch.setattr(step, "peak", lambda device, precision: step.Peak(1e12, "a guess"))
     options = ["--model.patch_size", "2", "--model.width", "32", "--model.heads", "2", "--model.depth", "1"]
     row = dict(zip(step.COLUMNS, step.measure(CONFIG, options, 8, None, rounds=3), strict=True))
@@ -342,6 +387,18 @@ def test_row_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     flops = 3 * (2 * 16 * 4 * 32 + 24 * 17 * 32**2 + 4 * 17**2 * 32 + 2 * 32 * 10)
     assert row["GFLOP an image"] == f"{flops / 1e9:.3f}" and row["ms (quartiles)"] == "10.0 (10.0 to 10.0)"
     assert row["images/s"] == "800.0" and row["share of the peak"] == f"{800 * flops / 1e12:.1%} of a guess"
+
+
+@pytest.mark.parametrize("config, model, tokens", step.TARGETS)
+def test_targets_follow_from_what_an_h200_multiplies_and_moves(config: str, model: str, tokens: int) -> None:
+    """By hand: a block's products are 24 d^2 a token, its attention 4 N d, and 36 d numbers of 2 bytes are moved, DiT's
+    12 d more; what is beside the blocks is small.
+    """
+    depth, width = map(int, model.split(", ")[1].split(" x "))
+    products, attention = 24 * tokens * width**2, 4 * tokens**2 * width
+    moved = 2 * (36 + 12 * config.startswith("diffusion")) * tokens * width
+    seconds = depth * (3 * products / 790e12 + 3.5 * attention / 380e12 + moved / 4.3e12)
+    assert step.TARGETS[config, model, tokens] == pytest.approx(1 / seconds, rel=0.01)
 
 
 def test_a_cpu_s_peak_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +411,28 @@ def test_a_cpu_s_peak_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatc
 def test_numbers_that_make_no_sense(option: str) -> None:
     with pytest.raises(InputError, match=f"--{option} 0: give a whole number"):
         main(["step", f"--{option}", "0"])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["step", "--device", "cuda"], "--device cuda: step does not take it; peers and sample do"),
+    (["peers", "--device", "cuda"], "--device cuda: there is no GPU that torch can use; give cpu, or leave it out"),
+])  # fmt: skip
+def test_a_gpu_that_is_of_no_use(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        main(arguments)
+
+
+@pytest.mark.parametrize("device, size, batch", [("cpu", "nano", 64), ("cuda", "large", 16)])
+def test_a_study_s_benchmark_is_asked_by_name(
+    device: str, size: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusion import benchmark as study
+
+    monkeypatch.setattr(study, "sections", lambda options: [options])
+    [options] = benchmark.of_study("diffusion", "peers", argparse.Namespace(rounds=3, device=device))
+    assert (options.mode, options.rounds, options.device, options.size, options.batch) == (
+        "peers", 3, device, size, batch)
 
 
 def test_scaling_trains_one_config() -> None:

@@ -3,7 +3,9 @@
   step     a training step of any study's config, on noise: milliseconds, images/s, FLOPs, share of the device's peak,
            memory. Further options of `fit` follow --, as in `step --batch 64 -- --model.size tiny --model.patch_size 1`
   peers    forward, backward and AdamW of our VisionTransformer against timm's of the same size, weights and numerics;
-           python -m mae.benchmark and python -m diffusion.benchmark have those of MAE and DiT, and sampling
+           then MAE's against the same through timm's blocks, and DiT's against diffusers', as python -m mae.benchmark
+           and python -m diffusion.benchmark measure them
+  sample   DiT's samples in batches against one by one, as python -m diffusion.benchmark measures them
   trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: null model
   augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
   data     random crops of 28x28 of photographs on disk: decoded by PIL, by the suite, and from its store, a core each
@@ -14,27 +16,32 @@
   scaling  `fit` over several processes of this machine against one, with the same global batch and with the same batch
            on each; and, computed, the paper's configs over 8 and 64 H200. It takes minutes, and is no part of `all`.
            Further options of `fit` follow --, as in `scaling -- --model.patch_size 2`
+  gpu      all that only a GPU shows, in about 20 minutes, and no part of `all`: see common/benchmark/gpu.py
 
-All but `step` run on the CPU. The sides take turns, and each figure is the median over rounds of what was measured side
-by side. The result is Markdown with command, hardware and versions, ready for RESULTS.md, and JSON where --json names a
-file; progress goes to standard error.
+`step` runs where `fit` would, `peers` and `sample` where --device says, the others on the CPU. The sides take turns,
+and each figure is the median over rounds of what was measured side by side. The result is Markdown with command,
+hardware and versions, ready for RESULTS.md, and JSON where --json names a file; progress goes to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from common.benchmark.device import add_device, parsed, prepare_device
 from common.benchmark.report import Section, check_counts, publish, quieten_lightning
-from common.command import run_command
+from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file
 
-MODES = ("step", "peers", "trainer", "augment", "data", "sequence")
+MODES = ("step", "peers", "sample", "trainer", "augment", "data", "sequence")
+ON_GPU = ("peers", "sample")
+DEFAULTS = {"cpu": {"depth": 2}, "cuda": {"depth": None}}
 CONFIG = "supervised/configs/digits.yaml"
 
 
@@ -49,8 +56,15 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
     if options.mode in ("peers", "all"):
         from common.benchmark import peers
 
-        rows = [peers.measure(case, options.rounds) for case in peers.cases(options.depth, options.batch)]
-        yield Section("Training step (forward, backward, AdamW):", peers.COLUMNS, rows)
+        device = torch.device(options.device)
+        rows = [peers.measure(case, options.rounds, device)
+                for case in peers.cases(options.depth, options.batch, device)]
+        yield Section(f"Training step (forward, backward, AdamW); MB are {peers.MEMORY[device.type]}:", peers.COLUMNS,
+                      rows)
+        for study in ("mae", "diffusion"):
+            yield from of_study(study, "peers", options)
+    if options.mode in ("sample", "all"):
+        yield from of_study("diffusion", "sampling", options)
     if options.mode in ("trainer", "all"):
         from common.benchmark import trainer_cost
 
@@ -95,17 +109,23 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
         yield Section(scaling.assumptions(options.mfu), scaling.COMPUTED_COLUMNS, list(scaling.computed(options.mfu)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m common.benchmark", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="?", choices=[*MODES, "store", "growth", "scaling", "all"], default="all",
+def of_study(study: str, mode: str, options: argparse.Namespace) -> Iterator[Section]:
+    """The tables of a study's own benchmark, at its own sizes; named, since the studies build on this package."""
+    benchmark = importlib.import_module(f"{study}.benchmark")
+    return benchmark.sections(benchmark.options_of(
+        [mode, "--rounds", str(options.rounds), "--device", options.device]))  # fmt: skip
+
+
+def _parser() -> Parser:
+    parser = Parser("python -m common.benchmark", __doc__)
+    parser.add_argument("mode", nargs="?", choices=[*MODES, "store", "growth", "scaling", "gpu", "all"], default="all",
                         help="default: all")
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
-        ("depth", 2, "peers, growth: blocks of the models; ViT-Tiny has 12"),
-        ("batch", None, "images of a step. peers: default 128 at 8x8 pixels and 8 at 32x32. step, scaling: default "
-                        "128, in scaling of one process"),
+        ("depth", DEFAULTS["cpu"]["depth"], "peers, growth: blocks of the models; ViT-Tiny has 12, and all on a GPU"),
+        ("batch", None, "images of a step. peers, of ViT: default 128 at 8x8 pixels and 8 at 32x32; 64 on a GPU. step, "
+                        "scaling: default 128, in scaling of one process"),
         ("steps", 2000, "trainer: steps of each round"),
         ("images", 2048, "augment: images of each round"),
         ("crops", 1024, "data, store: images of each round"),
@@ -115,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
                             help=text + (f" (default {default})" if default else ""))
+    add_device(parser, ON_GPU)
     parser.add_argument("--folder", metavar="DIR",
                         help="data, store: class folders of photographs (default: three that scikit-image ships)")
     parser.add_argument("--config", nargs="+", default=[CONFIG], metavar="FILE",
@@ -131,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    options = _parser().parse_args(own)
+    options = parsed(_parser(), own, DEFAULTS)
     options.fit = arguments[len(own) + 1 :]
+    prepare_device(options, ON_GPU)
     check_counts(options, rounds=1, threads=1, depth=1, batch=1, steps=2, images=1, crops=1, side=1, seconds=1,
                  processes=2)
     if not 0 < options.mfu <= 1:
@@ -141,6 +163,10 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--config: scaling trains one, and there are {len(options.config)}")
     if options.mode == "growth":
         check_file(Path(options.figure))  # before minutes of measuring
+    if options.mode == "gpu":
+        from common.benchmark import gpu
+
+        return gpu.run()
     torch.set_num_threads(options.threads)
     quieten_lightning()
     publish("common.benchmark", arguments, options.rounds, sections(options), options.json)

@@ -5,20 +5,40 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import torch
+
+from common.benchmark.device import CPU
+
 WARM_UP = 2  # steps: the first allocates the optimiser's state, the second meets warm caches
+QUEUED = 0.3  # seconds of steps that a GPU is given before it is waited for
 
 
-def timed(step: Callable[[], float]) -> Callable[[], float]:
-    """The seconds of a step instead of its loss."""
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """Of one step, until the device has done it.
 
-    def seconds() -> float:
-        start = time.perf_counter()
+    A GPU is given steps for a while and waited for once, as in training, which launches a step while the one before it
+    is computed. Waited for after each, a small net would be charged with its launches as well.
+    """
+    _wait(device)
+    start, steps = time.perf_counter(), 0
+    while steps == 0 or device.type == "cuda" and time.perf_counter() - start < QUEUED:
         step()
-        return time.perf_counter() - start
+        steps += 1
+    _wait(device)
+    return (time.perf_counter() - start) / steps
 
-    return seconds
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], object], device: torch.device = CPU) -> Callable[[], float]:
+    """The seconds of a step instead of its loss."""
+    return partial(seconds_of, step, device)
 
 
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -62,10 +82,12 @@ def differences(times: Sequence[float], reference: Sequence[float]) -> Spread:
     return Spread.of(own - other for own, other in zip(times, reference, strict=True))
 
 
-def raced(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, Spread]:
-    """Single steps of two sides take turns: the median seconds of each, and how many times as fast ours are."""
+def raced(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int, device: torch.device = CPU
+) -> tuple[float, float, Spread]:
+    """Two sides take turns, step by step: the median seconds of a step of each, and how many times as fast ours are."""
     for step in (ours, theirs):
         for _ in range(WARM_UP):
             step()
-    times = interleaved({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
+    times = interleaved({"ours": timed(ours, device), "theirs": timed(theirs, device)}, rounds)
     return *map(statistics.median, times.values()), ratios(times["ours"], times["theirs"])

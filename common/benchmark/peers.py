@@ -10,19 +10,23 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
+from common.benchmark.device import CPU, FAST, autocast, peak_bytes, start_afresh
 from common.benchmark.interleaving import raced
 from common.benchmark.memory import kept_bytes
 from common.device import has_bf16
 from common.model import SIZES, VisionTransformer
+from common.training.compilation import compile_blocks
 from common.training.optim import Recipe, adamw
 
 RECIPE = Recipe(lr=1e-4)
 COLUMNS = ("model", "image", "precision", "batch", "ours ms", "timm ms", "ours images/s", "timm images/s",
-           "times as fast (quartiles)", "ours MB kept", "timm MB kept")  # fmt: skip
+           "times as fast (quartiles)", "ours MB", "timm MB")  # fmt: skip
+MEMORY = {"cpu": "what the forward keeps for its backward", "cuda": "what a step takes at most beside the weights and "
+          "moments of both"}  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A model, its images (side, channels), and the numerics of its step."""
+    """A model, its images (side, channels), and the numerics of its step, which are compiled in "bf16, compiled"."""
 
     size: str
     depth: int
@@ -31,25 +35,30 @@ class Case(NamedTuple):
     channels: int
     classes: int
     batch: int
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "bf16, compiled"]
 
 
-def cases(depth: int, batch: int | None = None) -> list[Case]:
-    """Digits as in the demo, and CIFAR-10 on `depth` blocks, on pixels and on patches; in bf16 where the CPU has it.
+def cases(depth: int | None, batch: int | None = None, device: torch.device = CPU) -> list[Case]:
+    """Digits as in the demo, and CIFAR-10, on pixels and on patches, in bf16 where the CPU has it; on a GPU the sizes
+    of CIFAR-100 and ImageNet on CIFAR's pixels.
 
     Args:
+        depth: blocks of those on CIFAR-10; by default as many as the size has.
         batch: images in a step; by default the demo's 128, and 8 at CIFAR's size, where 1024 tokens each are work
-            enough.
+            enough; 64 on a GPU.
     """
+    if device.type == "cuda":
+        return [Case(size, depth or SIZES[size].depth, 1, 32, 3, 10, batch or 64, FAST)
+                for size in ("tiny", "small", "base")]
     patches = (1, 2)
     digits = [Case("nano", SIZES["nano"].depth, patch, 8, 1, 10, batch or 128, "fp32") for patch in patches]
-    cifar = [Case("tiny", depth, patch, 32, 3, 10, batch or 8, precision)
+    cifar = [Case("tiny", depth or SIZES["tiny"].depth, patch, 32, 3, 10, batch or 8, precision)
              for precision in ("fp32", *["bf16"] * has_bf16()) for patch in patches]
     return digits + cifar
 
 
-def models(case: Case) -> dict[str, nn.Module]:
-    """Our model and timm's, with the same weights."""
+def models(case: Case, device: torch.device = CPU) -> dict[str, nn.Module]:
+    """Our model and timm's, with the same weights; compiled as `fit` and as timm's users do it."""
     torch.manual_seed(0)
     ours = VisionTransformer(case.side, case.patch_size, case.channels, case.classes, case.size, depth=case.depth)
     timm = TimmVisionTransformer(
@@ -57,45 +66,50 @@ def models(case: Case) -> dict[str, nn.Module]:
         embed_dim=ours.width, depth=ours.depth, num_heads=ours.heads,
     )  # fmt: skip
     ours.load_state_dict(timm.state_dict())
-    return {"ours": ours, "timm": timm}
+    if case.precision == FAST:
+        compile_blocks(ours)
+        timm.compile()
+    return {"ours": ours.to(device), "timm": timm.to(device)}
 
 
-def batch_of(case: Case) -> tuple[Tensor, Tensor]:
+def batch_of(case: Case, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Random images (B, C, H, W) and labels (B,)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, case.channels, case.side, case.side, generator=generator)
-    return images, torch.randint(case.classes, (case.batch,), generator=generator)
+    labels = torch.randint(case.classes, (case.batch,), generator=generator)
+    return images.to(device), labels.to(device)
 
 
-def training_step(net: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Callable[[], float]:
+def training_step(net: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Callable[[], Tensor]:
     """A step of forward, backward and AdamW, as the suite takes it; each call returns its loss."""
     optimizer = adamw(net, RECIPE, RECIPE.lr)
 
-    def step() -> float:
+    def step() -> Tensor:
         optimizer.zero_grad()
-        # Without the cache of casts, as Lightning's bf16-mixed does.
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        with autocast(images.device, precision != "fp32"):
             logits = net(images)
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
 def kept(net: nn.Module, images: Tensor, precision: str) -> int:
     """Bytes that a forward keeps for its backward."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+    with autocast(images.device, precision != "fp32"):
         return kept_bytes(lambda: net(images), net.parameters())
 
 
-def measure(case: Case, rounds: int) -> tuple[str, ...]:
-    """A row of the table; single steps of the two models take turns."""
-    nets = models(case)
-    memory = [kept(net, batch_of(case)[0], case.precision) for net in nets.values()]
-    steps = (training_step(net, *batch_of(case), case.precision) for net in nets.values())
-    ours, timm, ratio = raced(*steps, rounds)
+def measure(case: Case, rounds: int, device: torch.device = CPU) -> tuple[str, ...]:
+    """A row of the table; steps of the two models take turns."""
+    start_afresh()
+    nets, (images, labels) = models(case, device), batch_of(case, device)
+    steps = [training_step(net, images, labels, case.precision) for net in nets.values()]
+    ours, timm, ratio = raced(*steps, rounds, device)
+    memory = [peak_bytes(step, net) if device.type == "cuda" else kept(net, images, case.precision)
+              for step, net in zip(steps, nets.values(), strict=True)]
     return (
         f"{case.size}/{case.patch_size}, {case.depth} blocks", f"{case.side}x{case.side}x{case.channels}",
         case.precision, str(case.batch), f"{1e3 * ours:.1f}", f"{1e3 * timm:.1f}",

@@ -31,6 +31,8 @@ def circumstances(module: str, arguments: Sequence[str], rounds: int) -> Iterato
     from common.training.trainer import Trainer
 
     cpu = hardware(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False))
+    if torch.cuda.is_available():
+        cpu += f", {torch.cuda.get_device_name()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "lightning"))
     yield f"`{shlex.join(['python', '-m', module, *arguments])}`  "
     yield f"{cpu}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}; " \

@@ -33,13 +33,37 @@ def test_both_learn_the_same_batch():
     for side in (net(), peers.Diffusers(net())):
         step = peers.Step(side, (4, 4, 8, 8), 10)
         step.optimizer.param_groups[0]["lr"] = 3e-3
-        losses = [step() for _ in range(12)]
+        losses = [step().item() for _ in range(12)]
         assert losses[-1] < losses[0]
 
 
 def test_row_of_the_peers(monkeypatch):
     monkeypatch.setattr(interleaving, "interleaved", lambda *_: {"ours": [0.1, 0.2], "theirs": [0.2, 0.2]})
-    row = dict(zip(peers.COLUMNS, peers.measure(net(), 2, rounds=2), strict=True))
+    [row] = (dict(zip(peers.COLUMNS, row, strict=True)) for row in peers.measure(net(), 2, rounds=2))
     assert row["model"] == "/2, 2 x 32" and row["latents"] == "8x8x4" and row["batch"] == "2"
+    assert (row["ours"], row["beside"]) == ("fp32", "diffusers, eager fp32")
     assert row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"
     assert float(row["ours ms"]) == pytest.approx(150)
+
+
+def test_as_on_a_gpu_ours_are_compiled_in_bf16_and_the_others_are_not(monkeypatch):
+    """On the CPU, where compiling takes long and is left out."""
+    compiled, seen = [], {}
+
+    def raced(ours, theirs, rounds, device):
+        for step in (ours, theirs):
+            blocks = step.net.model.transformer_blocks if isinstance(step.net, peers.Diffusers) else step.net.blocks
+            dtypes = seen.setdefault(step.net, set())
+            [linear, *_] = (part for part in blocks[0].modules() if isinstance(part, torch.nn.Linear))
+            linear.register_forward_hook(lambda _, __, out, dtypes=dtypes: dtypes.add(out.dtype))
+            step()
+        return 0.1, 0.2, interleaving.Spread(2.0, 2.0, 2.0)
+
+    monkeypatch.setattr(peers, "compile_blocks", compiled.append)
+    monkeypatch.setattr(peers, "raced", raced)
+    ours = net()
+    rows = [dict(zip(peers.COLUMNS, row, strict=True)) for row in peers.measure(ours, 2, rounds=1, fast=True)]
+    assert [(row["ours"], row["beside"]) for row in rows] == [
+        ("bf16, compiled", "diffusers, eager fp32"), ("bf16, compiled", "ours, eager fp32")]
+    assert compiled == [ours] and seen.pop(ours) == {torch.bfloat16}
+    assert [type(peer) for peer in seen] == [peers.Diffusers, DiT] and set.union(*seen.values()) == {torch.float32}

@@ -65,7 +65,7 @@ def test_a_step_moves_every_parameter_that_has_a_gradient(mask_ratio: float) -> 
     net = small()
     step = Step(net, batch=2)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    losses = [step(mask_ratio) for _ in range(20)]
+    losses = [step(mask_ratio).item() for _ in range(20)]
     assert losses[-1] < losses[0]
     still = {name for name, parameter in net.named_parameters() if torch.equal(parameter, before[name])}
     # Nothing is masked at ratio 0, and AdamW leaves alone what has no gradient and no decay.
@@ -163,7 +163,7 @@ def test_the_peer_is_the_same_function_with_timm_s_blocks() -> None:
     steps = Step(net, 3), Step(peers.through_timm(net), 3)
     assert isinstance(steps[1].net.blocks[0], TimmBlock) and isinstance(steps[1].net.decoder_blocks[0], TimmBlock)
     for _ in range(3):  # and takes the same steps
-        ours, theirs = (step(MASKED) for step in steps)
+        ours, theirs = (step(MASKED).item() for step in steps)
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -171,3 +171,17 @@ def test_row_of_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interleaving, "interleaved", lambda *_: {"ours": [0.1, 0.2], "theirs": [0.2, 0.2]})
     row = dict(zip(peers.COLUMNS, peers.measure(small(image=8, width=32), 2, rounds=2), strict=True))
     assert row["ours ms"] == "150.0" and row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"
+
+
+def test_as_on_a_gpu_both_are_compiled_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by a compiler that compiles nothing."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda block, backend="", **options: compile(block, backend="eager", **options))
+    ours, theirs = peers.sides(small(image=8, width=32), fast=True)
+    losses, seen = [], []
+    for net in (ours, theirs):
+        assert all(block._compiled_call_impl for block in (*net.blocks, *net.decoder_blocks))
+        net.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+        losses.append(Step(net, 2, bf16=True)(MASKED).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and set(seen) == {torch.bfloat16}
