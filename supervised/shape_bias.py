@@ -114,7 +114,8 @@ def cues(file: str) -> tuple[str, str]:
 
 def decisions_on_stimuli(run: Trained, folder: Path, name: str) -> Iterator[Decision]:
     """What an ImageNet classifier answers, each picture prepared as in its own evaluation."""
-    from common.training.trained import evaluation_batches, evaluation_set, told
+    from common.training.progress import told
+    from common.training.trained import evaluation_batches, evaluation_set
 
     with told(name, len(evaluation_set(run.data, folder))) as tell:
         for batch in evaluation_batches(run.data, folder, most=AT_ONCE):
@@ -128,7 +129,7 @@ def decisions_on_stimuli(run: Trained, folder: Path, name: str) -> Iterator[Deci
 def decisions_on_shapes(run: Trained, name: str) -> Iterator[Decision]:
     """What a classifier of shapes and textures, trained where both told the class, answers where they do not agree."""
     from common.data.shapes import OUTLINES
-    from common.training.trained import told
+    from common.training.progress import told
 
     names = list(OUTLINES)
     pictures = run.data.source.cue_conflict()

@@ -26,7 +26,8 @@ from common.figure import check_file, save
 from common.model import VisionTransformer
 from common.training.cli import quieten
 from common.training.module import Experiment
-from common.training.trained import Trained, evaluation_batches, evaluation_set, evenly_spaced, load, told
+from common.training.progress import told
+from common.training.trained import Trained, evaluation_batches, evaluation_set, evenly_spaced, load
 
 SHOWN = 4  # images whose maps are drawn
 MEASURES = {  # what a row of the table and an axis of the figure say

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -125,3 +126,31 @@ class Progress(L.Callback):
         if score is not None:
             parts.append(f"val/{module.headline} {score:.2f}")
         return " · ".join(parts)
+
+
+@contextmanager
+def told(name: str, images: int) -> Iterator[Callable[[int], None]]:
+    """Says on standard error how many of the `images` are done, and how long the others will take.
+
+    The line stays in its place on a terminal; elsewhere there is a new one now and then, as in every evaluation.
+
+    Yields:
+        What is to be called with the number of images that were done since.
+    """
+    start = shown = time.perf_counter()
+    done = 0
+    bar = Bar(TextColumn("{task.description}", markup=False), console=Console(stderr=True), transient=True,
+              disable=not sys.stderr.isatty())
+    task = bar.add_task(f"{name}: 0 of {images} images")
+
+    def tell(more: int) -> None:
+        nonlocal done, shown
+        done, now = done + more, time.perf_counter()
+        line = f"{name}: {done} of {images} images · {(now - start) / done * (images - done):.0f} s left"
+        bar.update(task, description=line)
+        if bar.disable and now - shown > SECONDS:
+            shown = now
+            print(line, file=sys.stderr, flush=True)
+
+    with bar:
+        yield tell

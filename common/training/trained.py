@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +11,6 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TextColumn
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -26,7 +20,6 @@ from common.runs import read_run
 from common.training.checkpoints import newest_readable, read
 from common.training.initialisation import weights_in
 from common.training.module import Experiment
-from common.training.progress import SECONDS
 from common.training.run import read_config
 from common.training.trainer import Trainer
 
@@ -122,31 +115,3 @@ def evaluation_batches(
     with torch.no_grad():
         for batch in data.loader("val" if images is None else "predict", order):
             yield data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
-
-
-@contextmanager
-def told(name: str, images: int) -> Iterator[Callable[[int], None]]:
-    """Says on standard error how many of the `images` are done, and how long the others will take.
-
-    The line stays in its place on a terminal; elsewhere there is a new one now and then, as in every evaluation.
-
-    Yields:
-        What is to be called with the number of images that were done since.
-    """
-    start = shown = time.perf_counter()
-    done = 0
-    bar = Bar(TextColumn("{task.description}", markup=False), console=Console(stderr=True), transient=True,
-              disable=not sys.stderr.isatty())
-    task = bar.add_task(f"{name}: 0 of {images} images")
-
-    def tell(more: int) -> None:
-        nonlocal done, shown
-        done, now = done + more, time.perf_counter()
-        line = f"{name}: {done} of {images} images · {(now - start) / done * (images - done):.0f} s left"
-        bar.update(task, description=line)
-        if bar.disable and now - shown > SECONDS:
-            shown = now
-            print(line, file=sys.stderr, flush=True)
-
-    with bar:
-        yield tell

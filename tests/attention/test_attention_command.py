@@ -15,7 +15,7 @@ from common.attention.__main__ import examine, main, means, names_of, print_meas
 from common.attention.figures import in_colours, layers_of
 from common.attention.measures import AttentionMeasures, Measures
 from common.errors import InputError
-from common.training import trained
+from common.training import progress
 from common.training.trained import evaluation_batches, load
 from supervised.depth_augment import resize_image
 from supervised.rooms import Rooms
@@ -279,7 +279,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, update = 100.0, AttentionMeasures.update
-        monkeypatch.setattr(trained.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(progress.time, "perf_counter", lambda: self.now)
 
         def looked(measures: AttentionMeasures, layer: int, maps: torch.Tensor) -> None:
             update(measures, layer, maps)
@@ -308,10 +308,10 @@ def test_on_a_terminal_the_line_stays_in_its_place(
     """Also where the name looks like rich's markup; and it is gone when an error message follows."""
     for name, value in (("TERM", "xterm"), ("COLUMNS", "80")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(trained.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     clock = iter([0.0, 4.0, 8.0])
-    monkeypatch.setattr(trained.time, "perf_counter", lambda: next(clock))
-    with pytest.raises(InputError), trained.told("a[b]", 256) as tell:
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(InputError), progress.told("a[b]", 256) as tell:
         tell(64)
         tell(64)
         raise InputError("no image")
