@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor
 
@@ -229,7 +230,8 @@ def print_table(subjects: Mapping[str, Mapping[str, Count]]) -> None:
     for name, counts in subjects.items():
         for category, count in [*counts.items(), ("all", total(counts))]:
             bias = "-" if count.bias is None else f"{count.bias:.1f}"
-            table.add_row(name if category == "all" else "", category, *map(str, count), bias, f"{count.either:.1f}",
+            title = escape(name) if category == "all" else ""
+            table.add_row(title, escape(category), *map(str, count), bias, f"{count.either:.1f}",
                           style="bold" if category == "all" else None)
     Console().print(table)
 
@@ -245,8 +247,9 @@ def figure(subjects: Mapping[str, Mapping[str, Count]]) -> Figure:
                                               subjects.items(), strict=False):
         points = {category: count.bias for category, count in counts.items() if count.bias is not None}
         bias = total(counts).bias
+        label = name.replace("$", r"\$")  # which would begin a formula
         axes.plot(points.values(), [categories.index(category) for category in points], marker, color=colour,
-                  markersize=5, label=name if bias is None else f"{name}: {bias:.1f} %")
+                  markersize=5, label=label if bias is None else f"{label}: {bias:.1f} %")
         if bias is not None:
             axes.axvline(bias, color=colour, linewidth=1.2)
     axes.set_yticks(range(len(categories)), categories, fontsize=8)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -140,7 +141,7 @@ def by_thirds(values: Tensor) -> dict[str, float]:
 
 def print_measures(name: str, measures: Measures) -> None:
     """Means over the heads and layers of each third."""
-    table = Table(name, *GROUPS, box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(escape(name), *GROUPS, box=None, header_style="bold", padding=(0, 2, 0, 0))
     for measure, (label, _) in MEASURES.items():
         thirds = by_thirds(getattr(measures, measure))
         table.add_row(label, *(f"{thirds[third]:.3f}" if third in thirds else "-" for third in GROUPS))

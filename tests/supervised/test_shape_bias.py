@@ -12,7 +12,7 @@ import yaml
 from torchvision.io import write_png
 
 from common.errors import InputError
-from common.training import trained
+from common.training import progress
 from supervised.shape_bias import (
     CATEGORIES,
     Count,
@@ -131,6 +131,13 @@ def test_rows_that_are_no_decisions_are_named(tmp_path: Path, rows, said) -> Non
         read_decisions(tmp_path / "a.csv")
 
 
+def test_a_name_is_shown_as_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Where it looks like rich's markup, and like one of matplotlib's formulas that is none."""
+    (tmp_path / "a.csv").write_text(HEAD + "a[/b]$x^{$,1,1,NaN,cat,cat,0,x_cat7-dog1.png\n")
+    assert main(["--decisions", str(tmp_path / "a.csv"), "--figure", str(tmp_path / "a.png")]) == 0
+    assert "a[/b]$x^{$" in capsys.readouterr().out
+
+
 def test_a_mark_at_the_beginning_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\ufeff" + HEAD + "a,1,1,NaN,na,cat,0,x_cat7-dog1.png\n", encoding="utf-8")
     assert [decision.answer for decision in read_decisions(tmp_path / "a.csv")["a"]] == ["na"]
@@ -159,7 +166,7 @@ def test_it_says_how_many_pictures_are_left(
 ) -> None:
     """Of 1120, 32 at a time: those that take four seconds have a line every twelve, as it is due after ten."""
     clock = itertools.count(0.0, 4.0)
-    monkeypatch.setattr(trained.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     assert main([str(shapes)]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if " left" in line]
     assert told == [f"both: {32 * done} of 1120 images · {4 * (35 - done)} s left" for done in range(3, 36, 3)]
