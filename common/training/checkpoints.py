@@ -98,6 +98,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer, module)
             for name in [BEST] * better + [f"epoch={epochs}.ckpt"] * (epochs in self.milestones):
                 if trainer.is_global_zero:
+                    trainer.strategy.checkpoint_io.check()  # the folder may be another's since it was saved
                     _link(folder_of(trainer) / LAST, folder_of(trainer) / name)
 
     def _improved(self, trainer: L.Trainer, module: L.LightningModule) -> bool:

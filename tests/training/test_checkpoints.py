@@ -16,6 +16,7 @@ from processes import assert_identical, leftovers
 from common.errors import InputError
 from common.training import checkpoints
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, damage, newest_readable, read
+from common.training.lock import LostRunFolder
 
 COMPLETE = {"loops": {}, "optimizer_states": [], "accumulation": 1}
 
@@ -260,6 +261,23 @@ def test_best_in_both_directions(higher, expected):
     restored.load_state_dict(callback.state_dict())
     trainer.callback_metrics = {"val/score": torch.tensor(2.5)}
     assert restored._improved(trainer, module) is False
+
+
+def test_best_is_not_linked_in_a_folder_that_is_another_s_by_then(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Lost between a checkpoint, whose own check was passed, and its second name."""
+    looks = iter(["when last.ckpt is written"])
+
+    def check() -> None:
+        if next(looks, None) is None:
+            raise LostRunFolder("it is another's")
+
+    monkeypatch.setattr(AtomicCheckpointIO, "__init__", lambda self: setattr(self, "check", check))
+    monkeypatch.setattr(Checkpoints, "_improved", lambda *_: True)
+    with pytest.raises(LostRunFolder):
+        train(Checkpoints(), epochs=1)
+    assert files(tmp_path / "run" / "checkpoints") == ["last.ckpt"]
 
 
 def test_a_stale_validation_is_not_an_improvement(train: Callable, tmp_path: Path):

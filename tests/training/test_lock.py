@@ -107,12 +107,16 @@ def test_a_first_ends_as_if_alone(command: Callable, start: Callable, folder: Pa
 
 
 class Taken:
-    """A training of Slurm job 7, stopped somewhere, whose folder the same job's next start has taken over."""
+    """A training of Slurm job 7, stopped somewhere, whose folder the same job's next start has taken over.
 
-    def __init__(self, start: Callable, folder: Path, *options: str) -> None:
+    Args:
+        after: the checkpoint that it has written when it is stopped.
+    """
+
+    def __init__(self, start: Callable, folder: Path, *options: str, after: str = "last.ckpt") -> None:
         self.folder = folder
         self.process = start("fit", *options, variables={"SLURM_JOB_ID": "7"})
-        until(self.process, (folder / "checkpoints/last.ckpt").exists)
+        until(self.process, (folder / "checkpoints" / after).exists)
         freeze(self.process)
 
     def wake(self) -> str:
@@ -125,13 +129,13 @@ def of_the_newcomer(folder: Path, old: set[Path]) -> dict[Path, bytes]:
     return {path: data for path, data in content(folder).items() if path not in old}
 
 
-@pytest.mark.parametrize("rhythm", ["2", "1000"])
+@pytest.mark.parametrize("rhythm, after", [("2", "last.ckpt"), ("1000", "best.ckpt")])
 def test_a_start_of_the_same_job_takes_over_and_the_old_one_leaves(
-    command: Callable, start: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, rhythm
+    command: Callable, start: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, rhythm, after
 ) -> None:
     """And nothing of the newcomer is touched, whether the old one wakes at the next checkpoint or an epoch's end."""
     options = [*RUN, "--checkpoint.every_n_steps", rhythm]
-    taken = Taken(start, folder, *options)
+    taken = Taken(start, folder, *options, after=after)
     old = set(folder.glob("events.*"))
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert f"process {taken.process.pid} " in command("fit", *options).err
