@@ -36,6 +36,11 @@ def save(figure: Figure, path: Path) -> None:
     print(f"written: {path}")
 
 
+def literal(text: str) -> str:
+    """A name as it stands, where matplotlib would read a formula between two dollars."""
+    return text.replace("$", r"\$")
+
+
 def read_curves(folder: Path, tags: Sequence[str], x: Callable[[int], float] = float) -> dict[str, Curve]:
     """Value of each tag over all starts of a run; of a step that two starts logged, the later one's.
 
@@ -101,7 +106,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
     drawn = [tag for tag in tags if any(run[tag] for runs in curves for run in runs)]
 
     figure = Figure(figsize=(1.2 + 4.8 * max(len(drawn), 1), 3.9 + 0.22 * len(groups)), dpi=150, layout="constrained")
-    figure.suptitle(title.replace("$", r"\$"), fontsize=11, fontweight="bold")
+    figure.suptitle(literal(title), fontsize=11, fontweight="bold")
     for axes, tag in zip(figure.subplots(1, len(drawn), squeeze=False)[0] if drawn else [], drawn, strict=True):
         for group, runs, colour in zip(groups, curves, _colours(len(groups)), strict=True):
             x, mean, spread = over_seeds([smoothed(run[tag]) for run in runs])
@@ -153,7 +158,7 @@ def _legend(group: Group, metric: str) -> str:
     value = group.statistic(metric)
     size = group["patch_size"]
     patch = f" (patch {size})" if size and not re.search(rf"(/|p){size}\b", group.label) else ""
-    label = group.label.replace("$", r"\$")  # which would begin a formula
+    label = literal(group.label)
     return f"{label}{patch}: {value.text(digits(metric, value.mean))}" if value else f"{label}{patch}"
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from common.command import Parser, run_command
 from common.compare import write
 from common.errors import InputError
-from common.figure import check_file, save
+from common.figure import check_file, literal, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -247,7 +247,7 @@ def figure(subjects: Mapping[str, Mapping[str, Count]]) -> Figure:
                                               subjects.items(), strict=False):
         points = {category: count.bias for category, count in counts.items() if count.bias is not None}
         bias = total(counts).bias
-        label = name.replace("$", r"\$")  # which would begin a formula
+        label = literal(name)
         axes.plot(points.values(), [categories.index(category) for category in points], marker, color=colour,
                   markersize=5, label=label if bias is None else f"{label}: {bias:.1f} %")
         if bias is not None:
