@@ -106,8 +106,9 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
     if scale.draws:
         scale.figure(exhibit.id).unlink(missing_ok=True)  # drawn of fewer runs
         code = _called(scale.drawing(exhibit.id, seeds), f"{exhibit.id} {scale.name}, its figure")
-        of = {str(start.located[0]): trained(start.located[0]) for start in scale.compared(seeds)}
-        write(scale.folder(exhibit.id) / DRAWN, json.dumps(of))
+        if code == 0:
+            of = {str(start.located[0]): trained(start.located[0]) for start in scale.compared(seeds)}
+            write(scale.folder(exhibit.id) / DRAWN, json.dumps(of))
     if scale.prints:
         code = _printed(scale, exhibit.id) or code
     section = Section(exhibit, scale, starts)
