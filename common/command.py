@@ -39,6 +39,9 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of Latin-1 shows † as \u2020; a test's stream takes all
+            stream.reconfigure(errors="backslashreplace")
     formatted = warnings.formatwarning
     if not debug:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our source

@@ -82,7 +82,7 @@ class Comparison:
             pairs += [("images seen", group.said("images_seen"), self.baseline.said("images_seen"))]
         pairs += [(key, our, their) for key, (our, their) in differing(_source(group), _source(self.baseline)).items()]
         pairs += [("initial weights", _initial_weights(group), _initial_weights(self.baseline))]
-        if all(run.results.get("evaluation") for run in (*group.runs, *self.baseline.runs)):
+        if _is_judged(group) and _is_judged(self.baseline):
             pairs += [(f"evaluation's {key}", _judged(group, key), _judged(self.baseline, key)) for key in JUDGED]
         return ", ".join(f"{key} {our} instead of {their}" for key, our, their in pairs if our != their)
 
@@ -153,7 +153,7 @@ class Comparison:
             lines.append(f"p: of a difference as large by chance, by the paired t-test over n pairs of runs {pairs}")
         lines += [f"{MARK} {group.label}: {self.mark(group)}" for group in self.groups if self.mark(group)]
         lines += [f"{MARK} {group.label}: its runs were judged by different {key}, {_judged(group, key)}"
-                  for group in self.groups if all(run.results.get("evaluation") for run in group.runs)
+                  for group in self.groups if _is_judged(group)
                   for key in JUDGED if len({str(run.results["evaluation"].get(key)) for run in group.runs}) > 1]
         lines += [f"{group.label}: {said}" for group in self.groups if (said := self.settings(group))]
         return lines + [f"not averaged in: {run.name}, {run.status} {run.problem}" for run in self.left_out]
@@ -191,6 +191,11 @@ class Comparison:
                             "seeds": str(run.results.get("seed", "")),
                             **{key: run.results.get(key) for key in _DESCRIBED}})
         return records
+
+
+def _is_judged(group: Group) -> bool:
+    """Whether there is a record of it for each of its runs."""
+    return all(run.results.get("evaluation") for run in group.runs)
 
 
 def _judged(group: Group, key: str) -> str:

@@ -37,8 +37,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def literal(text: str) -> str:
-    """A name as it stands, where matplotlib would read a formula between two dollars."""
-    return text.replace("$", r"\$")
+    """A name as it stands, where matplotlib would read a formula between two dollars, and leave out of a legend what
+    begins with _.
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def read_curves(folder: Path, tags: Sequence[str], x: Callable[[int], float] = float) -> dict[str, Curve]:

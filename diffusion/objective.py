@@ -59,6 +59,36 @@ class Players(NamedTuple):
     perceptual: LPIPS | None
 
 
+class Pull:
+    """What the adversarial loss of a step's micro-batches does to the autoencoder, until the last of them weighs it.
+
+    The adaptive weight is a ratio of gradients of the whole batch. So the micro-batches before the last keep their
+    gradient of the adversarial loss apart: a backward more for each, and a copy of the gradients.
+    """
+
+    def __init__(self) -> None:
+        self.micro_batches = 0
+        self.loss: Tensor | float = 0.0
+        self.at_last: Tensor | float = 0.0  # the gradients that the adaptive weight compares
+        self.gradients: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor, at_last: Tensor, net: nn.Module) -> None:
+        """Adds what a micro-batch's adversarial loss does to `net`."""
+        names, parameters = zip(*net.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:  # VQ's codes get none
+                self.gradients[name] = self.gradients.get(name, 0) + gradient
+        self.micro_batches += 1
+        self.loss, self.at_last = self.loss + loss.detach(), self.at_last + at_last
+
+    def on(self, net: nn.Module) -> Tensor | float:
+        """A number that is the sum of the losses, and has their gradients at `net`."""
+        parameters = dict(net.named_parameters())
+        return self.loss + sum(((parameters[name] - parameters[name].detach()) * gradient).sum()
+                               for name, gradient in self.gradients.items())  # fmt: skip
+
+
 @dataclass
 class Objective:
     """L1 + perceptual + codebook or KL + adversarial loss, and the discriminator's own, as one sum (Esser et al. 2021).
@@ -95,14 +125,21 @@ class Objective:
         noise: Tensor | None,
         step: int,
         mean_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+        earlier: Pull | None = None,
+        more: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
         """The loss of a batch, its terms before they are weighed, detached, and the reconstruction.
+
+        The mean of the losses of a step's micro-batches, and of their gradients, is that of the whole batch (under
+        batch norm, that of as many devices). The last brings the adversarial loss of all.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             noise: KL's, standard normal of the latents' shape.
             step: optimiser steps done.
             mean_over_ranks: of the gradients in the adaptive weight, so that it is that of the global batch.
+            earlier: of the step's micro-batches before this one; this one is added where `more` are to come.
+            more: this is not the step's last micro-batch.
         """
         net, discriminator, perceptual = players
         last = net.model.decoder.conv_out
@@ -127,10 +164,16 @@ class Objective:
             if discriminator is not None and step >= self.adversary.start:
                 constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
                 terms["adversarial"] = -functional_call(discriminator, constants, (reconstruction,)).mean()
-                pulls = [weight_gradient(term, reconstruction, last, inputs[0])
-                         for term in (of_pixels, terms["adversarial"])]
-                terms["adaptive_weight"] = adaptive_weight(*mean_over_ranks(torch.stack(pulls)))
-                loss = loss + self.adversary.weight * terms["adaptive_weight"] * terms["adversarial"]
+                at_last = torch.stack([weight_gradient(term, reconstruction, last, inputs[0])
+                                       for term in (of_pixels, terms["adversarial"])])  # fmt: skip
+                earlier = earlier or Pull()
+                if more:
+                    earlier.add(terms["adversarial"], at_last, net)
+                else:
+                    mean = (earlier.at_last + at_last) / (earlier.micro_batches + 1)
+                    terms["adaptive_weight"] = adaptive_weight(*mean_over_ranks(mean))
+                    adversarial = earlier.on(net) + terms["adversarial"]
+                    loss = loss + self.adversary.weight * terms["adaptive_weight"] * adversarial
         return loss, {name: term.detach() for name, term in terms.items()}, out
 
     def distances(self, perceptual: LPIPS | None, reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:

@@ -78,10 +78,14 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
 
 
+def has_vgg16(root: Path) -> bool:
+    return (root / VGG16).is_file()
+
+
 def vgg16_file(root: Path) -> Path:
     """Where VGG16 lies. InputError: it does not."""
     file = root / VGG16
-    if not file.is_file():
+    if not has_vgg16(root):
         raise InputError(f"{file}: there is no such file; fetch torchvision's VGG16 of ImageNet "
                          f"(VGG16_Weights.IMAGENET1K_V1, {VGG16.name}) and put it there, or train without the "
                          "perceptual loss: --model.perceptual none")

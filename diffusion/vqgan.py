@@ -28,8 +28,8 @@ from diffusion.evaluation import UNJUDGED, Reconstruction
 from diffusion.features import full_precision
 from diffusion.initialisation import initialise_autoencoder
 from diffusion.metrics import ReconstructionDistance
-from diffusion.objective import Adversary, Objective, Players, StepCost, step_cost
-from diffusion.perceptual import LPIPS, SMALLEST, vgg16_file
+from diffusion.objective import Adversary, Objective, Players, Pull, StepCost, step_cost
+from diffusion.perceptual import LPIPS, SMALLEST, has_vgg16, vgg16_file
 from diffusion.pictures import grid
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ class AutoencoderTraining(Experiment):
     `train/loss` is the sum that is minimised, the discriminator's part included; its terms are curves of their own.
     Metrics: `loss`, which is `l1` and the weighed `perceptual` distance; `psnr` and `ssim` of images in [0, 1], means
     over images; `codebook_usage` and `codebook_perplexity` (VQ) over the whole validation, in training over a whole
-    epoch; `kl` in nats of an image (KL). `ssim` needs images of 11x11 pixels. With an extractor `test` has `rfid` too,
-    the Fréchet distance of reconstructions from the images (`rfd_NAME` where it is not Inception).
+    epoch; `kl` in nats of an image (KL). `ssim` needs images of 11x11 pixels. Where VGG16's weights are, `test` has
+    `perceptual` without training by it, which needs 16x16 pixels. With an extractor `test` has `rfid`, the Fréchet
+    distance of reconstructions from the images (`rfd_NAME` where it is not Inception).
 
     The last epoch ends with measuring scale and shift of the latents on training images, as the training sees them:
     they are stored with the weights. Earlier checkpoints hold 1 and 0.
@@ -90,13 +91,13 @@ class AutoencoderTraining(Experiment):
                              "autoencoder has not; leave it at 1")
         self.lpips = perceptual == "lpips"
         self.objective = Objective(adversary, perceptual_weight, codebook_weight, kl_weight)
-        self.whole_batch = adversary.weight > 0  # the adaptive weight is no mean over images, nor is batch norm
         self.evaluation = evaluation
         self.autoencoder = autoencoder
         self.discriminator: PatchDiscriminator | None = None
         self.image_size: tuple[int, int] = (0, 0)  # of the data that `build` was given
         self._step_cost: StepCost | None = None
         self._collapsed = False
+        self._pull = Pull()  # of the step's micro-batches so far
 
     # Building and cost
 
@@ -127,10 +128,15 @@ class AutoencoderTraining(Experiment):
         return initialise_autoencoder(net, net.config, source)
 
     @cached_property
-    def perceptual(self) -> LPIPS | None:
+    def judge(self) -> LPIPS:
         """Frozen, and kept where neither checkpoints nor the optimiser nor a change of precision find it."""
         with torch.inference_mode(False):  # what a validation asked for first, a training will use
-            return LPIPS().load(self.trainer.datamodule.root).to(self.device) if self.lpips else None
+            return LPIPS().load(self.trainer.datamodule.root).to(self.device)
+
+    @property
+    def perceptual(self) -> LPIPS | None:
+        """What training minimises."""
+        return self.judge if self.lpips else None
 
     def _adversary(self, net: Autoencoder) -> PatchDiscriminator | None:
         return self.objective.adversary.build(net.config["image_channels"], self.image_size)
@@ -153,7 +159,8 @@ class AutoencoderTraining(Experiment):
             discriminator = self._adversary(net)
         if discriminator is not None:
             parameters = sum(p.numel() for p in discriminator.parameters())
-            notes["discriminator"] = f"{parameters:,} parameters, {adversary.norm} norm"
+            together = f" over {self.trainer.datamodule.micro_batch} images" if adversary.norm == "batch" else ""
+            notes["discriminator"] = f"{parameters:,} parameters, {adversary.norm} norm{together}"
             notes["discriminator learns"] = f"from step {adversary.start - adversary.warmup:,}"
             notes["discriminator is felt"] = f"from step {adversary.start:,}"
         return notes
@@ -170,10 +177,13 @@ class AutoencoderTraining(Experiment):
         factor = self.optim.factor(data.global_batch, data.steps_per_epoch, self.trainer.max_epochs)
         return [optimizer], [lr_schedule(optimizer, factor)]
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+    def training_step(self, batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
         images, step = batch["image"], self.trainer.global_step
+        more = (number + 1) % self.trainer.accumulate_grad_batches > 0
         players = Players(self.net, self.discriminator, self.perceptual)
-        loss, terms, out = self.objective(players, images, self._noise(batch), step, mean_over_ranks)
+        loss, terms, out = self.objective(players, images, self._noise(batch), step, mean_over_ranks, self._pull, more)
+        if not more:
+            self._pull = Pull()
         if out.indices is not None:
             self.code_counts += sum_over_ranks(add_counts(torch.zeros_like(self.code_counts), out.indices))
         if self.discriminator is not None and "discriminator" not in terms:
@@ -244,8 +254,11 @@ class AutoencoderTraining(Experiment):
 
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
+        data = self.trainer.datamodule
         for scores in self.scores.values():
-            scores.add_metrics(self.evaluation.distance(self.trainer.datamodule))
+            scores.add_metrics(self.evaluation.distance(data))
+            if "perceptual" not in scores and has_vgg16(data.root) and min(data.image_size) >= SMALLEST:
+                scores.add_metrics({"perceptual": MeanMetric()})
             scores.to(self.device)
 
     def evaluate(self, net: Autoencoder, batch: dict[str, Tensor], scores: MetricCollection) -> None:
@@ -254,7 +267,10 @@ class AutoencoderTraining(Experiment):
             out = net(images)
         reconstructions = out.images.float()
         distances = self.objective.distances(self.perceptual, reconstructions, images)
-        for name, values in {"loss": self.objective.of_pixels(distances), **distances}.items():
+        loss = self.objective.of_pixels(distances)
+        if "perceptual" in scores and not self.lpips:
+            distances["perceptual"] = self.judge(reconstructions, images)
+        for name, values in {"loss": loss, **distances}.items():
             scores[name].update(values)
         made, truth = in_colours(reconstructions), in_colours(images)
         with full_precision(images.device):  # SSIM takes differences of squares, of which bf16 leaves nothing

@@ -18,19 +18,16 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from common.benchmark.device import FAST, PLAIN, add_device, autocast, parsed, prepare_device
+from common.benchmark.device import FAST, PLAIN, add_device, parsed, prepare_device
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.memory import kept_bytes
 from common.benchmark.report import Section, check_counts, publish, quieten_lightning
 from common.command import Parser, run_command
-from common.training.optim import Recipe, adamw
 from mae.cost import activation_bytes, forward_flops
 from mae.model import MaskedAutoencoder
+from mae.step import MASKED, WHOLE, Step
 
-MASKED, WHOLE = 0.75, 0.0  # the mask ratios of the two sides
-RECIPE = Recipe(lr=1e-4)
 TIME_COLUMNS = ("decoder", "ms at 0.75", "ms at 0", "measured ratio (quartiles)", "ratio of FLOPs", "apart")
 DEFAULTS = {"cpu": {"batch": 2}, "cuda": {"batch": 256}}
 MEMORY_COLUMNS = ("decoder", "MB at 0.75", "blocks at 0.75", "MB at 0", "blocks at 0", "ratio", "ratio of blocks")
@@ -44,32 +41,6 @@ class Decoder(NamedTuple):
 
 # One narrower than any, that of our configs, MAE's.
 DECODERS = (Decoder(192, 8, 3), Decoder(256, 8, 8), Decoder(512, 8, 16))
-
-
-class Step:
-    """A training step of one model on one random batch, at a mask ratio that the caller chooses."""
-
-    def __init__(self, net: MaskedAutoencoder, batch: int, bf16: bool = False) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.net, self.bf16, self.device = net, bf16, net.pos_embed.device
-        self.images = torch.randn(batch, net.channels, *net.image_size, generator=generator).to(self.device)
-        self.noise = torch.rand(batch, net.tokens, generator=generator).to(self.device)
-        self.optimizer = adamw(net, RECIPE, RECIPE.lr)
-
-    def loss(self, mask_ratio: float) -> Tensor:
-        """MAE's loss, but over all tokens."""
-        with autocast(self.device, self.bf16):
-            latent, _, ids_restore = self.net.forward_encoder(self.images, self.noise, mask_ratio)
-            prediction = self.net.forward_decoder(latent, ids_restore)
-        return self.net.forward_loss(self.images, prediction, torch.ones_like(self.noise))
-
-    def __call__(self, mask_ratio: float) -> Tensor:
-        """Takes the step and returns its loss."""
-        self.optimizer.zero_grad()
-        loss = self.loss(mask_ratio)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
 
 
 def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

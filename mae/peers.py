@@ -12,8 +12,8 @@ from common.benchmark.device import start_afresh
 from common.benchmark.interleaving import raced
 from common.model.transformer import LayerNorm
 from common.training.compilation import compile_blocks
-from mae.benchmark import MASKED, Step
 from mae.model import MaskedAutoencoder
+from mae.step import MASKED, Step
 
 COLUMNS = ("encoder", "decoder", "image", "batch", "ours ms", "timm ms", "times as fast (quartiles)")
 

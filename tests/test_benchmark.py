@@ -117,9 +117,10 @@ def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cases_are_those_of_the_acceptance(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "has_bf16", lambda: bf16)
     covered = {(case.size, case.side, case.patch_size, case.precision) for case in peers.cases(depth=3)}
-    cifar = {("tiny", 32, patch, precision) for patch in (1, 2) for precision in ("fp32", "bf16")[: 1 + bf16]}
-    assert covered == {("nano", 8, 1, "fp32"), ("nano", 8, 2, "fp32")} | cifar
-    assert {case.depth for case in peers.cases(depth=3) if case.size == "tiny"} == {3}
+    cifar = {(size, 32, patch, precision) for size in ("tiny", "small") for patch in (1, 2)
+             for precision in ("fp32", "bf16")[: 1 + bf16]}  # fmt: skip
+    assert covered == {("nano", side, patch, "fp32") for side in (8, 16) for patch in (1, 2)} | cifar
+    assert {case.depth for case in peers.cases(depth=3) if case.side == 32} == {3}
     assert {case.batch for case in peers.cases(depth=3, batch=5)} == {5}
 
 

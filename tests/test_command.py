@@ -1,5 +1,7 @@
 """How a command ends."""
 
+from io import BytesIO, TextIOWrapper
+
 import pytest
 
 from common.command import Parser, run_command
@@ -38,3 +40,13 @@ def test_a_mistake_in_an_option_is_one_line_too(monkeypatch, capsys, words, said
     assert leaving.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_a_sign_ends_no_command(monkeypatch):
+    terminal = TextIOWrapper(BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as leaving:
+        run_command(lambda _: print("† ± ·") or 0)
+    assert leaving.value.code == 0
+    assert terminal.buffer.getvalue().decode("latin-1") == "\\u2020 ± ·\n"

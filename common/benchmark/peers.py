@@ -39,11 +39,11 @@ class Case(NamedTuple):
 
 
 def cases(depth: int | None, batch: int | None = None, device: torch.device = CPU) -> list[Case]:
-    """Digits as in the demo, and CIFAR-10, on pixels and on patches, in bf16 where the CPU has it; on a GPU the sizes
-    of CIFAR-100 and ImageNet on CIFAR's pixels.
+    """The embedded sizes, of digits and of shapes, and both of CIFAR, on pixels and on patches, in bf16 where the CPU
+    has it; on a GPU the sizes of CIFAR-100 and ImageNet on CIFAR's pixels.
 
     Args:
-        depth: blocks of those on CIFAR-10; by default as many as the size has.
+        depth: blocks of those on CIFAR; by default as many as the size has.
         batch: images in a step; by default the demo's 128, and 8 at CIFAR's size, where 1024 tokens each are work
             enough; 64 on a GPU.
     """
@@ -51,10 +51,11 @@ def cases(depth: int | None, batch: int | None = None, device: torch.device = CP
         return [Case(size, depth or SIZES[size].depth, 1, 32, 3, 10, batch or 64, FAST)
                 for size in ("tiny", "small", "base")]
     patches = (1, 2)
-    digits = [Case("nano", SIZES["nano"].depth, patch, 8, 1, 10, batch or 128, "fp32") for patch in patches]
-    cifar = [Case("tiny", depth or SIZES["tiny"].depth, patch, 32, 3, 10, batch or 8, precision)
-             for precision in ("fp32", *["bf16"] * has_bf16()) for patch in patches]
-    return digits + cifar
+    embedded = [Case("nano", SIZES["nano"].depth, patch, side, channels, 10, batch or 128, "fp32")
+                for side, channels in ((8, 1), (16, 3)) for patch in patches]  # fmt: skip
+    cifar = [Case(size, depth or SIZES[size].depth, patch, 32, 3, 10, batch or 8, precision)
+             for precision in ("fp32", *["bf16"] * has_bf16()) for size in ("tiny", "small") for patch in patches]
+    return embedded + cifar
 
 
 def models(case: Case, device: torch.device = CPU) -> dict[str, nn.Module]:

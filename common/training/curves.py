@@ -23,7 +23,8 @@ class Curves(L.Callback):
     every `log_every_n_steps` steps.
 
     Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
-    `train/l1`. The loss, like them, is that of the step's whole global batch. Between two points nothing is read from
+    `train/l1`. The loss, like them, is that of the step's whole global batch: the mean over the micro-batches, or over
+    those that returned it. Between two points nothing is read from
     the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too, unless `Events`
     makes images of them. `train/mfu`, the share of the devices' peak that the model's own FLOPs reach, is left out
     where the peak is not known. `train/data_wait` is the share of the time in which there was no batch to train on;
@@ -38,7 +39,7 @@ class Curves(L.Callback):
         self.peak_flops: float | None = None  # of all devices together
         self.values: dict[str, float] = {}
         self.clock = time.perf_counter  # replaced in tests
-        self._sums: dict[str, torch.Tensor] = {}  # of the step's micro-batches so far
+        self._returned: dict[str, list[torch.Tensor]] = {}  # by the step's micro-batches so far
         self._losses: list[torch.Tensor] = []  # of the steps since the last point, to name the one that went wrong
         self._lr = 0.0
         self._grad_norm = torch.tensor(0.0)
@@ -72,17 +73,16 @@ class Curves(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
         self._idle_since = self.clock()
         for name, value in out.items():
-            # Lightning has divided the loss by the number of micro-batches, and nothing beside it.
-            share = value.detach() if name == "loss" else value.detach() / trainer.accumulate_grad_batches
-            self._sums[name] = self._sums.get(name, 0.0) + share
+            self._returned.setdefault(name, []).append(value.detach())
         if (i + 1) % trainer.accumulate_grad_batches:
             return
-        sums, self._sums = self._sums, {}
+        returned, self._returned = self._returned, {}
         self._steps += 1
-        self._losses.append(sums["loss"])
+        self._losses.append(sum(returned["loss"]))  # Lightning has divided it, and nothing beside it
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            means = trainer.strategy.reduce(torch.stack([value.float() for value in sums.values()]), reduce_op="mean")
-            self._write(trainer, module, dict(zip(sums, means.tolist(), strict=True)))
+            means = {name: sum(values) / len(values) for name, values in returned.items()} | {"loss": self._losses[-1]}
+            reduced = trainer.strategy.reduce(torch.stack([mean.float() for mean in means.values()]), reduce_op="mean")
+            self._write(trainer, module, dict(zip(means, reduced.tolist(), strict=True)))
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule, scalars: dict[str, float]) -> None:
         step, norm = trainer.global_step, float(self._grad_norm)

@@ -81,6 +81,32 @@ def test_distance_is_that_of_scipys_matrix_root_and_of_torch_fidelity():
     assert frechet_distance(other, one) == pytest.approx(found, rel=1e-9)
 
 
+class Shown(torch.nn.Module):
+    """Features of images that are their own numbers, as torchmetrics asks an extractor for them."""
+
+    num_features = 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def test_distance_and_score_are_torchmetrics_on_the_same_features():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore as TheirScore
+
+    one, other = features(400, 12), features(300, 12, seed=1)
+    theirs = FrechetInceptionDistance(Shown()).set_dtype(torch.float64)
+    for rows, real in [(one, False), (other, True)]:
+        for part in rows.double().split(70):
+            theirs.update(part.view(-1, 3, 2, 2), real=real)
+    assert frechet_distance(statistics(one), statistics(other)) == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+    score, whole = TheirScore(Shown(), splits=1), InceptionScore(400, 12)  # theirs shuffles: one split of 5000
+    score.update(one.view(-1, 3, 2, 2))
+    whole.update(one, torch.arange(400))
+    assert whole.compute()[0] == pytest.approx(score.compute()[0].item(), rel=1e-5)
+
+
 def test_fewer_images_than_features_still_give_a_finite_distance_as_torch_fidelitys():
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 

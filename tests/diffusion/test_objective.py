@@ -16,7 +16,7 @@ from common.training.optim import Recipe
 from diffusion.autoencoder import Autoencoder
 from diffusion.codebook import CodebookUsage, add_counts, usage
 from diffusion.discriminator import PatchDiscriminator
-from diffusion.objective import Adversary, Objective, Players, step_cost, weight_gradient
+from diffusion.objective import Adversary, Objective, Players, Pull, step_cost, weight_gradient
 from diffusion.vqgan import AutoencoderTraining
 
 NET = {"channels": 2, "codebook_size": 16, "base": 8, "groups": 4, "multipliers": (1, 2), "res_blocks": 1,
@@ -112,6 +112,40 @@ def test_the_adaptive_weight_is_that_of_the_mean_gradient_over_ranks():
     for half in images.chunk(2):
         shared = objective(parts, half, None, 10, lambda _: torch.stack(halves).mean(0))[1]["adaptive_weight"]
         torch.testing.assert_close(shared, whole, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_micro_batches_add_up_to_the_whole_batch(kind, norm):
+    """To that of one device where images are normalised by themselves, and else to that of as many devices."""
+    parts = players(kind)._replace(discriminator=PatchDiscriminator(1, (16, 16), width=16, layers=1, norm=norm))
+    objective, images, noise = Objective(PLAYING), pictures(6), NOISE.repeat(2, 1, 1, 1)[:6]
+    both = nn.ModuleList(parts[:2])
+    pairs = list(zip(images.chunk(3), noise.chunk(3), strict=True))
+
+    earlier, found, logged, asked = Pull(), [], [], []
+    for place, pair in enumerate(pairs):
+        loss, terms, _ = objective(parts, *pair, 10, lambda x: asked.append(x) or x, earlier, more=place < 2)
+        found.append((loss.detach(), *gradients(loss, both)))
+        logged.append(terms.get("adaptive_weight"))
+
+    if norm == "group":
+        loss, terms, _ = objective(parts, images, noise, 10)
+        expected, weight = [loss.detach(), *gradients(loss, both)], terms["adaptive_weight"]
+    else:
+        at_last, devices = [], []
+        for pair in pairs:
+            objective(parts, *pair, 10, lambda x: at_last.append(x) or x)
+        mean = torch.stack(at_last).mean(0)
+        for pair in pairs:
+            loss, terms, _ = objective(parts, *pair, 10, lambda _: mean)
+            devices.append([loss.detach(), *gradients(loss, both)])
+        expected, weight = [sum(values) / 3 for values in zip(*devices, strict=True)], terms["adaptive_weight"]
+
+    assert logged[:2] == [None, None] and len(asked) == 1  # ranks talk once a step
+    torch.testing.assert_close(logged[2], weight, rtol=1e-4, atol=0)
+    for values, reference in zip(zip(*found, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(values) / 3, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_the_perceptual_distance_is_weighed_into_the_reconstruction():

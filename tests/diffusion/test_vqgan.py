@@ -26,7 +26,7 @@ from common.training.curves import Curves
 from common.training.optim import Recipe
 from diffusion.autoencoder import Autoencoder
 from diffusion.features import load_classifier
-from diffusion.perceptual import VGG16
+from diffusion.perceptual import LPIPS, VGG16
 from diffusion.vqgan import AutoencoderTraining
 
 CONFIGS = ROOT / "diffusion" / "configs"
@@ -202,6 +202,23 @@ def test_a_test_measures_how_far_reconstructions_lie_from_the_images(whole, comm
     assert code == 2 and "weights-inception-2015-12-05-6726825d.pth: there is no such file" in said
 
 
+def test_a_test_measures_lpips_where_its_weights_are(whole, tmp_path):
+    """A run that trained without it; torchmetrics' LPIPS on the same weights is in test_perceptual.py."""
+    folder, kind = whole
+    (tmp_path / "weights").mkdir()
+    features = make_layers(cfgs["D"])
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, tmp_path / VGG16)
+    options = [*TINY, "--model.kind", kind, "--model.picture_epochs", "1", "--data.root", tmp_path]
+    code, said = study(folder, "test", *options)
+    assert code == 0, said
+    metrics = yaml.safe_load((run_of(folder) / "results.json").read_text())["metrics"]
+    truth, judge = digits("test"), LPIPS().load(tmp_path)
+    with torch.no_grad():
+        expected = judge(net_of(last_of(folder), average=True)(truth).images, truth).mean().item()
+    assert metrics["test/perceptual"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["test/loss"] == metrics["test/l1"] and "val/perceptual" not in metrics
+
+
 def test_predict_writes_reconstructions(whole, tmp_path):
     folder, kind = whole
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16), dtype=np.uint8)
@@ -256,18 +273,21 @@ def test_the_usage_of_a_training_epoch_counts_every_image_once(tmp_path, scalars
     assert np.mean([value for _, value in curves["train/l1"]]) == pytest.approx(whole_epoch, rel=1e-4)
 
 
-def test_micro_batches_change_nothing_without_a_discriminator(tmp_path, scalars):
-    """KL draws by an image's place in the global batch."""
+@pytest.mark.parametrize("adversary", [["--model.adversary.weight", "0"], ["--model.adversary.norm", "group"]])
+def test_micro_batches_change_nothing(adversary, tmp_path, scalars):
+    """KL draws by an image's place in the global batch; the adaptive weight is that of the global batch."""
     found = []
     for most in (16, 4):
         (tmp_path / str(most)).mkdir()
-        options = [*TINY, "--model.kind", "kl", "--model.adversary.weight", "0", "--trainer.max_epochs", "1"]
+        options = [*TINY, "--model.kind", "kl", *adversary, "--trainer.max_epochs", "1"]
         code, said = study(tmp_path / str(most), "fit", *options, "--data.batch_per_device", most,
-                           "--trainer.limit_train_batches", 9)  # fmt: skip
+                           "--trainer.limit_train_batches", 10)  # fmt: skip
         assert code == 0, said
         found.append(scalars(run_of(tmp_path / str(most))))
-    for tag in ("train/loss", "train/l1", "train/kl", "val/psnr"):
+    felt = ("train/discriminator", "train/adversarial", "train/adaptive_weight") if "group" in adversary else ()
+    for tag in ("train/loss", "train/l1", "train/kl", "train/grad_norm", "val/psnr", *felt):
         assert found[0][tag] == [(step, pytest.approx(value, rel=1e-3)) for step, value in found[1][tag]], tag
+    assert [step for step, _ in found[1].get("train/adaptive_weight", [])] == ([9, 10] if felt else [])
 
 
 def test_a_codebook_that_collapses_is_told_once(tmp_path):
@@ -313,7 +333,8 @@ def test_two_processes_train_as_one(kind, epochs, steps, rel, tmp_path, scalars)
     found = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        words = ["fit", "--config", DIGITS, "--runs", folder / "runs", *options, "--trainer.devices", devices]
+        words = ["fit", "--config", DIGITS, "--runs", folder / "runs", *options, "--trainer.devices", devices,
+                 "--data.batch_per_device", 16 // devices**2]  # of two: each in two micro-batches
         done = run("diffusion", *words, ranks=devices)
         assert done.returncode == 0, done.stderr
         found.append((tensors(last_of(folder)), scalars(run_of(folder))))
@@ -335,7 +356,6 @@ def test_two_processes_train_as_one(kind, epochs, steps, rel, tmp_path, scalars)
 @pytest.mark.parametrize("arguments, message", [
     (["--data.image_size", "15"], "data.image_size: 15x15 is not a multiple of 2, by which 2 multipliers reduce"),
     (["--data.mean", "[0.2]"], "data.mean, data.std: [0.2] and [0.5]; an autoencoder takes images in [-1, 1]"),
-    (["--data.batch_per_device", "8"], "the loss is no mean over images and needs the 16 images of a device at once"),
     (["--model.adversary.layers", "3"], "model.adversary.layers: 3 need images of 24x24 pixels at least, not 16x16"),
     (["--model.adversary.warmup", "9"], "model.adversary.warmup: 9 steps do not fit before start=8"),
     (["--model.adversary.weight", "-1"], "model.adversary.weight: -1.0 is less than 0"),
@@ -388,7 +408,7 @@ def test_the_paper_s_trains_with_lpips_and_is_refused_without(tmp_path):
 
 
 def test_curves_reduce_what_stands_beside_the_loss(tmp_path):
-    """Summed over micro-batches and divided by their number, while Lightning has divided the loss."""
+    """To the mean over the micro-batches that returned it, while Lightning has divided the loss."""
     curves, logged = Curves(), []
     trainer = SimpleNamespace(
         accumulate_grad_batches=2, global_step=1, log_every_n_steps=1, datamodule=SimpleNamespace(global_batch=4),
@@ -396,6 +416,6 @@ def test_curves_reduce_what_stands_beside_the_loss(tmp_path):
         logger=SimpleNamespace(log_metrics=lambda values, step: logged.append(values)),
     )  # fmt: skip
     for i, (loss, l1) in enumerate([(1.5, 2.0), (0.5, 4.0)]):
-        out = {"loss": torch.tensor(loss), "l1": torch.tensor(l1)}
+        out = {"loss": torch.tensor(loss), "l1": torch.tensor(l1), **({"last": torch.tensor(5.0)} if i else {})}
         curves.on_train_batch_end(trainer, None, out, None, i)
-    assert logged[0]["train/loss"] == 2.0 and logged[0]["train/l1"] == 3.0
+    assert {tag: logged[0][f"train/{tag}"] for tag in ("loss", "l1", "last")} == {"loss": 2.0, "l1": 3.0, "last": 5.0}

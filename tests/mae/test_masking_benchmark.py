@@ -15,9 +15,10 @@ from common.benchmark.memory import kept_bytes
 from common.errors import InputError
 from common.training.optim import Recipe
 from mae import benchmark, peers
-from mae.benchmark import MASKED, MEMORY_COLUMNS, TIME_COLUMNS, WHOLE, Decoder, Step, main, measure
+from mae.benchmark import MEMORY_COLUMNS, TIME_COLUMNS, Decoder, main, measure
 from mae.cost import activation_bytes
 from mae.model import MaskedAutoencoder
+from mae.step import MASKED, WHOLE, Step
 
 
 def small(image: int = 4, width: int = 8, depth: int = 1, decoder_depth: int = 1) -> MaskedAutoencoder:
