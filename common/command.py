@@ -39,9 +39,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal of Latin-1 shows † as \u2020; a test's stream takes all
-            stream.reconfigure(errors="backslashreplace")
+    if getattr(sys.stdout, "errors", "") == "strict":  # a terminal of Latin-1 shows † as \u2020, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     formatted = warnings.formatwarning
     if not debug:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our source

@@ -40,7 +40,7 @@ LDM, SD_VAE = "github.com/CompVis/latent-diffusion", "with its config.json besid
 MAE = "github.com/facebookresearch/mae"
 
 FILES = [
-    External("vgg16", "weights/vgg16-397923af.pth", "LPIPS, the perceptual loss of autoencoders: features",
+    External("vgg16", "weights/vgg16-397923af.pth", "LPIPS, perceptual loss and measure of autoencoders: features",
              "torchvision, VGG16_Weights.IMAGENET1K_V1: vgg16-397923af.pth",
              "sha256:397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
     External("lpips", "weights/lpips_vgg.pth", "LPIPS: weights of the features' layers",

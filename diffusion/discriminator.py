@@ -28,7 +28,7 @@ class PatchDiscriminator(nn.Module):
         layers: convolutions of stride 2.
         norm: `batch` as published. Its statistics are those of the images that a device holds at once, or of the global
             batch under trainer.sync_batchnorm, real images and reconstructions apart; none are kept for evaluation,
-            where no discriminator runs. `group` normalises each image by itself.
+            where no discriminator runs. `group` normalises each image by itself, so that a batch may be divided.
 
     Raises:
         InputError: the images are too small for so many layers.

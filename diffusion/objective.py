@@ -63,7 +63,8 @@ class Pull:
     """What the adversarial loss of a step's micro-batches does to the autoencoder, until the last of them weighs it.
 
     The adaptive weight is a ratio of gradients of the whole batch. So the micro-batches before the last keep their
-    gradient of the adversarial loss apart: a backward more for each, and a copy of the gradients.
+    gradient of the adversarial loss apart: another backward through the autoencoder for each, and a copy of the
+    gradients.
     """
 
     def __init__(self) -> None:
@@ -72,10 +73,10 @@ class Pull:
         self.at_last: Tensor | float = 0.0  # the gradients that the adaptive weight compares
         self.gradients: dict[str, Tensor] = {}
 
-    def add(self, loss: Tensor, at_last: Tensor, net: nn.Module) -> None:
-        """Adds what a micro-batch's adversarial loss does to `net`."""
+    def add(self, loss: Tensor, at_last: Tensor, net: nn.Module, output: Tensor, at_output: Tensor) -> None:
+        """Adds what a micro-batch's adversarial loss does to `net`, by the loss's gradient at what the net put out."""
         names, parameters = zip(*net.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(output, parameters, at_output, retain_graph=True, allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:  # VQ's codes get none
                 self.gradients[name] = self.gradients.get(name, 0) + gradient
@@ -130,8 +131,8 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
         """The loss of a batch, its terms before they are weighed, detached, and the reconstruction.
 
-        The mean of the losses of a step's micro-batches, and of their gradients, is that of the whole batch (under
-        batch norm, that of as many devices). The last brings the adversarial loss of all.
+        The mean of the losses of a step's micro-batches, and of their gradients, is that of the whole batch, unless
+        batch norm mixes its images. The last brings the adversarial loss of all.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -164,11 +165,12 @@ class Objective:
             if discriminator is not None and step >= self.adversary.start:
                 constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
                 terms["adversarial"] = -functional_call(discriminator, constants, (reconstruction,)).mean()
-                at_last = torch.stack([weight_gradient(term, reconstruction, last, inputs[0])
-                                       for term in (of_pixels, terms["adversarial"])])  # fmt: skip
+                at_output = [torch.autograd.grad(term, reconstruction, retain_graph=True)[0]
+                             for term in (of_pixels, terms["adversarial"])]  # fmt: skip
+                at_last = torch.stack([weight_gradient(gradient, last, inputs[0]) for gradient in at_output])
                 earlier = earlier or Pull()
                 if more:
-                    earlier.add(terms["adversarial"], at_last, net)
+                    earlier.add(terms["adversarial"], at_last, net, reconstruction, at_output[1])
                 else:
                     mean = (earlier.at_last + at_last) / (earlier.micro_batches + 1)
                     terms["adaptive_weight"] = adaptive_weight(*mean_over_ranks(mean))
@@ -201,12 +203,11 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def weight_gradient(loss: Tensor, output: Tensor, conv: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """The gradient of a loss at the weights of the convolution that made `output` of `inputs`, in fp32.
+def weight_gradient(at_output: Tensor, conv: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """The gradient of a loss at the weights of a convolution of `inputs`, by that at its output, in fp32.
 
     Under autocast torch's own backward would compute it in bf16.
     """
-    (at_output,) = torch.autograd.grad(loss, output, retain_graph=True)
     return conv2d_weight(inputs.detach().float(), conv.weight.shape, at_output, conv.stride, conv.padding)
 
 

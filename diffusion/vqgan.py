@@ -72,6 +72,7 @@ class AutoencoderTraining(Experiment):
     higher_is_better = False
     picture = "reconstructions"
     static_graph = False  # the discriminator learns from a step on
+    makes_room = "model.adversary.norm=group (another discriminator, which normalises each image by itself)"
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class AutoencoderTraining(Experiment):
                              "autoencoder has not; leave it at 1")
         self.lpips = perceptual == "lpips"
         self.objective = Objective(adversary, perceptual_weight, codebook_weight, kl_weight)
+        self.whole_batch = adversary.weight > 0 and adversary.norm == "batch"
         self.evaluation = evaluation
         self.autoencoder = autoencoder
         self.discriminator: PatchDiscriminator | None = None
@@ -159,10 +161,11 @@ class AutoencoderTraining(Experiment):
             discriminator = self._adversary(net)
         if discriminator is not None:
             parameters = sum(p.numel() for p in discriminator.parameters())
-            together = f" over {self.trainer.datamodule.micro_batch} images" if adversary.norm == "batch" else ""
-            notes["discriminator"] = f"{parameters:,} parameters, {adversary.norm} norm{together}"
+            notes["discriminator"] = f"{parameters:,} parameters, {adversary.norm} norm"
             notes["discriminator learns"] = f"from step {adversary.start - adversary.warmup:,}"
             notes["discriminator is felt"] = f"from step {adversary.start:,}"
+            if self.trainer.accumulate_grad_batches > 1:
+                notes["a micro-batch before the last"] = "then costs another backward, which the hours below leave out"
         return notes
 
     # Training
@@ -255,9 +258,12 @@ class AutoencoderTraining(Experiment):
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
         data = self.trainer.datamodule
+        # Of several ranks the first decides: all must have the same metrics, and may have other disks.
+        there = self.trainer.strategy.broadcast(has_vgg16(data.root)) and min(data.image_size) >= SMALLEST
+        judge = self.judge if there and not self.lpips else None  # read now: a damaged file is told before all else
         for scores in self.scores.values():
             scores.add_metrics(self.evaluation.distance(data))
-            if "perceptual" not in scores and has_vgg16(data.root) and min(data.image_size) >= SMALLEST:
+            if judge:
                 scores.add_metrics({"perceptual": MeanMetric()})
             scores.to(self.device)
 

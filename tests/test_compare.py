@@ -19,7 +19,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from common.compare import as_csv, as_json, draw_figure, main, markdown
 from common.comparison import Comparison
 from common.errors import InputError
-from common.figure import over_seeds, read_curves, smoothed
+from common.figure import draw, over_seeds, read_curves, smoothed
 from common.runs import find_runs, read_run
 from common.significance import paired
 
@@ -273,6 +273,20 @@ def test_command_writes_table_figure_and_files(two_arms, tmp_path, capsys):
     assert (study / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert all((tmp_path / name).stat().st_size for name in ("csv", "markdown", "json"))
     assert main([*map(str, study.iterdir()), "--no-figure"]) == 0  # as a shell's * gives it, the figure included
+
+
+def test_every_name_has_its_place_in_the_legend(make_run, tmp_path):
+    """matplotlib leaves out what begins with _, and reads a formula between two dollars."""
+    folders = [make_run(name, 90.0, patch=patch) for patch, name in enumerate(("_mine", "a$1$", "plain"), 1)]
+    for folder in folders:
+        log(folder, 1000, "val/acc1", {9: 50.0, 90: 90.0})
+    groups = Comparison(find_runs(folders)).groups
+    with pytest.MonkeyPatch.context() as patch:
+        legends = []
+        patch.setattr("matplotlib.figure.Figure.legend", lambda _, handles, labels, **__: legends.append(list(labels)))
+        draw(groups, tmp_path / "figure.png", "_title")
+    assert [label.split(" (")[0].strip() for label in legends[0]] == ["_mine", r"a\$1\$", "plain"]
+    assert not any(label.startswith("_") for label in legends[0])
 
 
 def test_metrics_of_two_studies_share_a_table(two_arms, make_run):

@@ -124,8 +124,8 @@ def _parser() -> Parser:
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
         ("depth", DEFAULTS["cpu"]["depth"], "peers, growth: blocks of the models; ViT-Tiny has 12, and all on a GPU"),
-        ("batch", None, "images of a step. peers, of ViT: default 128 at 8x8 pixels and 8 at 32x32; 64 on a GPU. step, "
-                        "scaling: default 128, in scaling of one process"),
+        ("batch", None, "images of a step. peers, of ViT: default 128 up to 16x16 pixels and 8 at 32x32; 64 on a GPU. "
+                        "step, scaling: default 128, in scaling of one process"),
         ("steps", 2000, "trainer: steps of each round"),
         ("images", 2048, "augment: images of each round"),
         ("crops", 1024, "data, store: images of each round"),

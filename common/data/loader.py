@@ -157,7 +157,7 @@ class GlobalBatchData(L.LightningDataModule):
         if module.whole_batch and per_device > most:
             raise InputError(f"data.batch_size: the loss is no mean over images and needs the {per_device} images of a "
                              f"device at once, but it holds {most}; use at most {most * ranks}, more devices, or "
-                             f"model.checkpoint_blocks=auto, or set data.batch_per_device={per_device} if they fit")
+                             f"{module.makes_room}, or set data.batch_per_device={per_device} if they fit")
         self.micro_batch = _micro_batch(per_device, most)
         if not self.micro_batch:
             near = next(n for gap in range(per_device) for n in (per_device + gap, per_device - gap)

@@ -53,8 +53,9 @@ class Experiment(L.LightningModule):
     data_class: type[GlobalBatchData] = GlobalBatchData
     headline = "acc1"
     higher_is_better = True
-    # True where the loss is not a mean over images: a step must then see its whole batch on each device.
+    # True where micro-batches do not add up to a batch: a step must then see its whole batch on each device.
     whole_batch = False
+    makes_room = "model.checkpoint_blocks=auto"  # what to choose where a device cannot hold it
     # False where the parameters that receive a gradient change during training.
     static_graph = True
     masked = False  # True where attention leaves tokens out

@@ -138,9 +138,10 @@ def test_a_loss_over_the_whole_batch_is_not_divided():
     data = GlobalBatchData(8, 4)
     data.sets = {"train": torch.zeros(100), "val": torch.zeros(1)}
     room = []  # for how many images it was asked
-    module = SimpleNamespace(images_that_fit=lambda _: 8, whole_batch=True, make_room=lambda _, n: room.append(n))
+    module = SimpleNamespace(images_that_fit=lambda _: 8, whole_batch=True, makes_room="another loss",
+                             make_room=lambda _, n: room.append(n))  # fmt: skip
     data.trainer = trainer_of(module)
-    with pytest.raises(InputError, match="data.batch_size: .* needs the 8 images .* but it holds 4"):
+    with pytest.raises(InputError, match="data.batch_size: .* needs the 8 images .* holds 4;.* another loss, or set"):
         data.setup("fit")
     data.batch_per_device = "auto"
     data.setup("fit")

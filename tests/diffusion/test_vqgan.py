@@ -38,6 +38,11 @@ TINY = ["--model.base", "8", "--model.groups", "4", "--model.channels", "2", "--
         "--trainer.check_val_every_n_epoch", "1", "--checkpoint.every_n_steps", "2"]  # fmt: skip
 
 
+# One of the two takes its steps in micro-batches.
+KINDS = {"vq": ["--model.kind", "vq"],
+         "kl": ["--model.kind", "kl", "--model.adversary.norm", "group", "--data.batch_per_device", "8"]}  # fmt: skip
+
+
 def study(folder: Path, *arguments: Any, config: Path = DIGITS) -> tuple[int, str]:
     """The exit code and the output of `python -m diffusion ARGUMENTS` with runs in folder/runs."""
     said = io.StringIO()
@@ -85,7 +90,7 @@ def digits(split: str) -> Tensor:
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An undisturbed run of 18 steps, with the discriminator from step 5 and its effect from step 8 on."""
     folder = tmp_path_factory.mktemp(request.param)
-    code, said = study(folder, "fit", *TINY, "--model.kind", request.param, "--model.picture_epochs", "1")
+    code, said = study(folder, "fit", *TINY, *KINDS[request.param], "--model.picture_epochs", "1")
     assert code == 0, said
     return folder, request.param
 
@@ -101,7 +106,7 @@ def test_a_run_that_was_stopped_ends_bit_identical(stop, whole, tmp_path, monkey
             raise RuntimeError("stopped")
         return step(module, *args)
 
-    options = [*TINY, "--model.kind", kind, "--model.picture_epochs", "1"]
+    options = [*TINY, *KINDS[kind], "--model.picture_epochs", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderTraining, "training_step", until)
         assert study(tmp_path, "fit", *options)[0] == 1
@@ -170,7 +175,7 @@ def test_a_run_initialises_another_and_evaluates_as_itself(whole, tmp_path, scal
     files = {"run": run_of(folder), "checkpoint": run_of(folder) / "checkpoints" / "last.ckpt",
              "published": tmp_path / "net.bin"}  # fmt: skip
     torch.save(net_of(last_of(folder), average=True).model.state_dict(), files["published"])
-    options = [*TINY, "--model.kind", kind]
+    options = [*TINY, *KINDS[kind]]
     for source in files.values():
         code, said = study(tmp_path, "validate", *options, "--init_from", source)
         assert code == 0, said
@@ -184,7 +189,7 @@ def test_a_test_measures_how_far_reconstructions_lie_from_the_images(whole, comm
     folder, kind = whole
     assert command("fit", "--run_name", "judge").code == 0
     judge = Path("runs/supervised/judge").absolute()
-    options = [*TINY, "--model.kind", kind, "--model.picture_epochs", "1"]
+    options = [*TINY, *KINDS[kind], "--model.picture_epochs", "1"]
     code, said = study(folder, "test", *options, "--model.evaluation.extractor", judge)
     assert code == 0, said
     metrics = yaml.safe_load((run_of(folder) / "results.json").read_text())["metrics"]
@@ -208,7 +213,7 @@ def test_a_test_measures_lpips_where_its_weights_are(whole, tmp_path):
     (tmp_path / "weights").mkdir()
     features = make_layers(cfgs["D"])
     torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, tmp_path / VGG16)
-    options = [*TINY, "--model.kind", kind, "--model.picture_epochs", "1", "--data.root", tmp_path]
+    options = [*TINY, *KINDS[kind], "--model.picture_epochs", "1", "--data.root", tmp_path]
     code, said = study(folder, "test", *options)
     assert code == 0, said
     metrics = yaml.safe_load((run_of(folder) / "results.json").read_text())["metrics"]
@@ -225,7 +230,7 @@ def test_predict_writes_reconstructions(whole, tmp_path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for place, image in zip(("a.png", "sub/b.png"), images, strict=True):
         Image.fromarray(image).save(tmp_path / "in" / place)
-    code, said = study(folder, "predict", *TINY, "--model.kind", kind, "--model.picture_epochs", "1",
+    code, said = study(folder, "predict", *TINY, *KINDS[kind], "--model.picture_epochs", "1",
                        "--data.images", tmp_path / "in")  # fmt: skip
     assert code == 0, said
     net = net_of(last_of(folder), average=True)
@@ -243,7 +248,7 @@ def test_reconstructions_are_made_in_fp32_whatever_the_trainings_precision(whole
     Image.fromarray(pixels).save(tmp_path / "in" / "a.png")
     found = []
     for precision in ("32-true", "bf16-mixed"):
-        options = [*TINY, "--model.kind", kind, "--init_from", run_of(folder), "--trainer.precision", precision]
+        options = [*TINY, *KINDS[kind], "--init_from", run_of(folder), "--trainer.precision", precision]
         code, said = study(tmp_path, "validate", *options)
         assert code == 0, said
         metrics = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) == 2}
@@ -356,6 +361,8 @@ def test_two_processes_train_as_one(kind, epochs, steps, rel, tmp_path, scalars)
 @pytest.mark.parametrize("arguments, message", [
     (["--data.image_size", "15"], "data.image_size: 15x15 is not a multiple of 2, by which 2 multipliers reduce"),
     (["--data.mean", "[0.2]"], "data.mean, data.std: [0.2] and [0.5]; an autoencoder takes images in [-1, 1]"),
+    (["--data.batch_per_device", "8"], "needs the 16 images of a device at once, but it holds 8; use at most 8, more "
+     "devices, or model.adversary.norm=group"),
     (["--model.adversary.layers", "3"], "model.adversary.layers: 3 need images of 24x24 pixels at least, not 16x16"),
     (["--model.adversary.warmup", "9"], "model.adversary.warmup: 9 steps do not fit before start=8"),
     (["--model.adversary.weight", "-1"], "model.adversary.weight: -1.0 is less than 0"),
