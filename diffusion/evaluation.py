@@ -35,14 +35,31 @@ class Reconstruction:
     extractor: str | None = None
     allow_few_samples: bool = False
 
-    def distance(self, data: ImageData) -> dict[str, Metric]:
-        """The Fréchet distance of reconstructions from the test images, by its tag."""
+    def load(self, data: ImageData) -> Extractor | None:
         if self.extractor is None:
-            return {}
+            return None
         extractor = load_extractor(self.extractor, data.root / INCEPTION_FILE)
         if not self.allow_few_samples:
             refuse_few(len(data.sets["test"]), extractor.features, f"the test images of {data.dataset}")
+        return extractor
+
+    def distance(self, extractor: Extractor) -> dict[str, Metric]:
+        """The Fréchet distance of reconstructions from the test images, by its tag."""
         return {f"r{extractor.tags['fd']}": ReconstructionDistance(extractor)}
+
+    def record(self, extractor: Extractor, data: ImageData) -> dict[str, Any]:
+        """How it was measured, under the names of `evaluate`."""
+        images = len(data.sets["test"])
+        return {
+            "samples": images,
+            "image_size": pixels(data.image_size),
+            "rounding": "uint8, rounded",
+            "extractor": extractor.name,
+            "extractor_sha256": extractor.sha256,
+            "reference": f"the test images of {data.dataset}",
+            "reference_images": images,
+            "reference_statistics": "of its images",
+        }
 
 
 @dataclass

@@ -261,8 +261,12 @@ class AutoencoderTraining(Experiment):
         # Of several ranks the first decides: all must have the same metrics, and may have other disks.
         there = self.trainer.strategy.broadcast(has_vgg16(data.root)) and min(data.image_size) >= SMALLEST
         judge = self.judge if there and not self.lpips else None  # read now: a damaged file is told before all else
+        extractor = self.evaluation.load(data)
+        if extractor:
+            self.record = self.evaluation.record(extractor, data)
         for scores in self.scores.values():
-            scores.add_metrics(self.evaluation.distance(data))
+            if extractor:
+                scores.add_metrics(self.evaluation.distance(extractor))
             if judge:
                 scores.add_metrics({"perceptual": MeanMetric()})
             scores.to(self.device)

@@ -380,8 +380,14 @@ def test_two_hundred_runs_are_read_quickly(make_run):
     start = time.perf_counter()
     comparison = Comparison(find_runs(runs))
     assert len(comparison.groups) == 40 and time.perf_counter() - start < 5
-    heavy = "import common.compare, sys; assert not {'torch', 'matplotlib', 'tensorboard'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("command", ["common.compare.main(['--help'])", "common.paper.__main__.main(['show', 'T3a'])"])
+def test_what_only_reads_runs_starts_without_torch(command):
+    heavy = "{'torch', 'lightning', 'matplotlib', 'tensorboard'}"
+    code = (f"import sys, {command.split('.main')[0]}\ntry: {command}\nexcept SystemExit: pass\n"
+            f"assert not {heavy} & set(sys.modules)")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_read_run_keeps_what_the_folder_says(make_run):

@@ -17,6 +17,7 @@ from diffusion.metrics import (
     FeatureSums,
     InceptionScore,
     Measurement,
+    ReconstructionDistance,
     Statistics,
     frechet_distance,
     precision_recall,
@@ -196,10 +197,29 @@ def measurement(places: Tensor) -> Measurement:
     return found
 
 
+class Pixels(torch.nn.Module):
+    """An extractor whose features are the pixels."""
+
+    features, channels, name, tags = 12, 3, "pixels", {"fd": "fd_pixels"}
+
+    def forward(self, images: Tensor) -> Extracted:
+        return Extracted(images.flatten(1).float(), None, None)
+
+
+def reconstruction_distance(index: Tensor) -> float:
+    """Of these of eleven images, in two batches."""
+    images = torch.randint(256, (2, 11, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    distance = ReconstructionDistance(Pixels())
+    for some in index.split(3):
+        distance.update(*images[:, some])
+    return distance.compute().item()
+
+
 def every_other_image(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # a fork must not use its parent's pool
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(measurement(torch.arange(rank, 11, 2)).compute(), f"{folder}/{rank}.pt")
+    mine = torch.arange(rank, 11, 2)
+    torch.save(measurement(mine).compute() | {"rfd": reconstruction_distance(mine)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -208,11 +228,14 @@ def test_two_processes_that_share_the_images_measure_what_one_does(tmp_path, mon
     mp.start_processes(every_other_image, (str(tmp_path),), nprocs=2, start_method="fork")
     whole = measurement(torch.arange(11)).compute()
     assert whole["classifier_score"][1] > 0  # two splits
+    rfd = reconstruction_distance(torch.arange(11))
+    assert rfd != pytest.approx(reconstruction_distance(torch.arange(0, 11, 2)), rel=0.01)  # of one rank's share
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for key in ("fd", "sfd"):
             torch.testing.assert_close(found[key], whole[key], rtol=1e-13, atol=1e-15)
         assert found["classifier_score"] == pytest.approx(whole["classifier_score"], rel=1e-13)
+        assert found["rfd"] == pytest.approx(rfd, rel=1e-6)
         order = torch.cat([torch.arange(0, 11, 2), torch.arange(1, 11, 2)])  # rows, in which precision sees no order
         torch.testing.assert_close(found["rows"], whole["rows"][order], rtol=0, atol=0)
 

@@ -15,6 +15,7 @@ import yaml
 from forked import ROOT, run
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from small import TWO_STEPS
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -192,8 +193,13 @@ def test_a_test_measures_how_far_reconstructions_lie_from_the_images(whole, comm
     options = [*TINY, *KINDS[kind], "--model.picture_epochs", "1"]
     code, said = study(folder, "test", *options, "--model.evaluation.extractor", judge)
     assert code == 0, said
-    metrics = yaml.safe_load((run_of(folder) / "results.json").read_text())["metrics"]
-    truth, extractor = digits("test"), load_classifier(judge)
+    results = yaml.safe_load((run_of(folder) / "results.json").read_text())
+    metrics, truth, extractor = results["metrics"], digits("test"), load_classifier(judge)
+    assert results["evaluation"] == {
+        "samples": 300, "image_size": "16x16", "rounding": "uint8, rounded", "extractor": "judge",
+        "extractor_sha256": extractor.sha256, "reference": "the test images of digits", "reference_images": 300,
+        "reference_statistics": "of its images",
+    }  # fmt: skip
     for tag, average in [("test", True), ("test_raw", False)]:
         with torch.no_grad():
             made = net_of(last_of(folder), average)(truth).images
@@ -387,7 +393,11 @@ def test_lpips_refuses_images_that_its_pools_would_use_up(tmp_path):
         module.build(data)
 
 
-def test_the_paper_s_trains_with_lpips_and_is_refused_without(tmp_path):
+KL = ["--model.kind", "kl", "--model.multipliers", "[1,2,4,4]", "--model.attention", "middle"]  # as the config says
+
+
+@pytest.mark.parametrize("kind", [[], KL], ids=["vq", "kl"])
+def test_the_paper_s_trains_with_lpips_and_is_refused_without(kind, tmp_path):
     """In bf16-mixed, at a quarter of the image's side and of the width."""
     config = CONFIGS / "autoencoder_imagenet256.yaml"
     for split in ("train", "val"):
@@ -396,9 +406,10 @@ def test_the_paper_s_trains_with_lpips_and_is_refused_without(tmp_path):
             place.parent.mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng(i).integers(0, 256, (70, 80, 3), dtype=np.uint8)
             Image.fromarray(noise).save(place)
-    small = ["--data.image_size", "64", "--model.base", "32", "--data.batch_size", "2", "--data.eval_batch_size", "2",
-             "--data.workers", "0", "--trainer.max_epochs", "1", "--model.optim.warmup_epochs", "0",
-             "--model.adversary.start", "1", "--trainer.log_every_n_steps", "1", "--model.codebook_size", "64",
+    assert all(word in config.read_text() for word in KL)
+    small = [*kind, "--data.image_size", "64", "--model.base", "32", "--data.batch_size", "2",
+             "--data.eval_batch_size", "2", "--data.workers", "0", "--trainer.max_epochs", "1",
+             "--model.optim.warmup_epochs", "0", "--model.adversary.start", "1", "--trainer.log_every_n_steps", "1", "--model.codebook_size", "64",
              "--trainer.accelerator", "cpu"]  # fmt: skip
     code, said = study(tmp_path, "fit", *small, config=config)
     assert code == 2 and f"{VGG16}: there is no such file; fetch torchvision's VGG16" in said
@@ -412,6 +423,16 @@ def test_the_paper_s_trains_with_lpips_and_is_refused_without(tmp_path):
     metrics = yaml.safe_load((run_of(tmp_path) / "results.json").read_text())["metrics"]
     assert metrics["val/loss"] == pytest.approx(metrics["val/l1"] + metrics["val/perceptual"], rel=1e-5)
     assert metrics["train/perceptual"] > 0 and metrics["train/adaptive_weight"] > 0
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_the_config_of_shapes_trains(kind, tmp_path):
+    options = ["--model.kind", kind, "--data.source.train", "8", *TWO_STEPS,
+               "--model.adversary.start", "1", "--model.adversary.warmup", "0"]  # fmt: skip
+    code, said = study(tmp_path, "fit", *options, config=CONFIGS / "autoencoder_shapes.yaml")
+    assert code == 0, said
+    metrics = yaml.safe_load((run_of(tmp_path) / "results.json").read_text())["metrics"]
+    assert math.isfinite(metrics["val/psnr"]) and last_of(tmp_path)["global_step"] == 2
 
 
 def test_curves_reduce_what_stands_beside_the_loss(tmp_path):
