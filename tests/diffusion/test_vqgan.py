@@ -409,8 +409,8 @@ def test_the_paper_s_trains_with_lpips_and_is_refused_without(kind, tmp_path):
     assert all(word in config.read_text() for word in KL)
     small = [*kind, "--data.image_size", "64", "--model.base", "32", "--data.batch_size", "2",
              "--data.eval_batch_size", "2", "--data.workers", "0", "--trainer.max_epochs", "1",
-             "--model.optim.warmup_epochs", "0", "--model.adversary.start", "1", "--trainer.log_every_n_steps", "1", "--model.codebook_size", "64",
-             "--trainer.accelerator", "cpu"]  # fmt: skip
+             "--model.optim.warmup_epochs", "0", "--model.adversary.start", "1",
+             "--trainer.log_every_n_steps", "1", "--model.codebook_size", "64", "--trainer.accelerator", "cpu"]
     code, said = study(tmp_path, "fit", *small, config=config)
     assert code == 2 and f"{VGG16}: there is no such file; fetch torchvision's VGG16" in said
     (tmp_path / "data" / "weights").mkdir()
