@@ -1,19 +1,24 @@
 """python -m common.weights: the files from elsewhere that the suite can use, where they go, and whether they are there.
 
 Nothing is fetched, and no study needs any of them for its embedded configs. A checksum is compared where its publisher,
-or several projects that pinned the file, made one known; "unknown" means that none is, and such a file is not read.
+or several projects that pinned the file, made one known; "unknown" means that none is. Of such a file only the
+container is opened, which notices a truncated download, and size and sha256 are printed for two people to compare.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from common.command import Parser, run_command
 from common.errors import InputError
 
-FOUND, MISSING, OTHER = "found", "missing", "another checksum"
+FOUND, MISSING, OTHER, DAMAGED = "found", "missing", "another checksum", "damaged"
+UNKNOWN = "unknown"
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # torch.save before 1.6 began with its magic number, pickled
 
 
 class External(NamedTuple):
@@ -32,7 +37,7 @@ class External(NamedTuple):
     file: str
     use: str
     source: str
-    checksum: str = "unknown"
+    checksum: str = UNKNOWN
     beside: str | None = None
 
 
@@ -81,37 +86,79 @@ FILES = [
 
 
 def state(external: External, root: Path) -> str:
-    """Whether the file is below `root`: `found`, `missing`, `another checksum`, or `no` file that belongs beside it.
+    """Whether the file is below `root`: `found`, `missing`, `another checksum`, `damaged`, or `no` file that belongs
+    beside it.
 
-    Reads it where a checksum is known.
+    Reads all of it where a checksum is known.
     """
     path = root / external.file
     if not path.is_file():
         return MISSING
     if external.beside and not path.with_name(external.beside).is_file():
         return f"no {external.beside}"
-    if external.checksum == "unknown":
-        return FOUND
+    if external.checksum == UNKNOWN:
+        return DAMAGED if damage(path) else FOUND
     algorithm, _, known = external.checksum.partition(":")
+    return FOUND if _digest(path, algorithm).startswith(known) else OTHER
+
+
+def damage(path: Path) -> str | None:
+    """Why the container of weights or arrays does not open, or None; nothing in it is loaded."""
+    if path.suffix == ".safetensors":
+        return _damage_of_safetensors(path)
     with open(path, "rb") as file:
-        return FOUND if hashlib.file_digest(file, algorithm).hexdigest().startswith(known) else OTHER
+        if path.suffix != ".npz" and file.read(len(LEGACY)) == LEGACY:
+            return None  # no part of such a file says how long it is
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        return f"truncated, or another file: {error}"
+    member = ".npy" if path.suffix == ".npz" else "data.pkl"
+    return None if any(name.endswith(member) for name in names) else f"a zip archive without {member}"
+
+
+def _damage_of_safetensors(path: Path) -> str | None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, size)))
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            expected = 8 + length + end
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return "truncated, or another file: it has no header of safetensors"
+    return None if size == expected else f"{size:,} bytes, of {expected:,} by its header"
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def _measured(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes, sha256:{_digest(path, 'sha256')}"
 
 
 def describe(external: External, root: Path) -> str:
     """Lines about a file; the first, with the state, is for grep."""
-    return (f"{state(external, root):<16}  {external.name:<19}  {root / external.file}\n"
-            f"  for       {external.use}\n  from      {external.source}\n  checksum  {external.checksum}")
+    found, path, checksum = state(external, root), root / external.file, external.checksum
+    if found == FOUND and checksum == UNKNOWN:
+        checksum += f"; here {_measured(path)}"
+    return (f"{found:<16}  {external.name:<19}  {path}\n"
+            f"  for       {external.use}\n  from      {external.source}\n  checksum  {checksum}")
 
 
-def check(name: str, root: Path) -> None:
-    """Refuses a file that is missing or another than the published one."""
+def check(name: str, root: Path) -> str:
+    """What is said of a file that is found; one that is missing, damaged, or another than the published is refused."""
     external = next((external for external in FILES if external.name == name), None)
     if external is None:
         raise InputError(f"--check {name}: not known; choose one of {', '.join(file.name for file in FILES)}")
-    found = state(external, root)
+    found, path = state(external, root), root / external.file
     if found != FOUND:
-        raise InputError(f"--check {name}: {root / external.file}: {found} (expected {external.checksum}); "
-                         f"it comes from {external.source}")
+        why = damage(path) if found == DAMAGED else f"expected {external.checksum}"
+        raise InputError(f"--check {name}: {path}: {found} ({why}); it comes from {external.source}")
+    return f"{name}: {found}" + (f", {_measured(path)}" if external.checksum == UNKNOWN else "")
 
 
 def _parser() -> Parser:
@@ -125,8 +172,7 @@ def _parser() -> Parser:
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.check:
-        check(options.check, options.root)
-        print(f"{options.check}: found")
+        print(check(options.check, options.root))
     else:
         print("\n".join(describe(external, options.root) for external in FILES))
     return 0

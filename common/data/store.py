@@ -2,8 +2,9 @@
 
 A random resized crop stretches its box to a square anyhow; taken from a picture that was stretched as a whole it loses
 little, and costs no decoding. The store lies below the root, as imagenet-96/, in memory-mapped shards; --data.store 96
-trains from it. The same command goes on where it stopped, and on a finished store checks every shard. At its end it
-tells by how much crops differ from those of the files, which validation and test still read.
+trains from it. The same command goes on where it stopped, and checks the shards that are there by the checksums of
+what was written. At its end it tells by how much crops differ from those of the files, which validation and test still
+read.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from common.data.augment import Augment
 from common.data.folders import Flowers102, ImageFolder, ImageNet, decode
 from common.data.sets import AT_ONCE
 from common.data.sources import Source
-from common.data.stored import SHARD, Store, fingerprint, location, mapped, shapes_of, shard_file
+from common.data.stored import SHARD, Store, checksum_of, fingerprint, location, mapped, shapes_of, shard_file
 from common.errors import InputError
 
 CROP = 28  # pixels of the crops that are compared, ImageNet's of the paper
@@ -48,23 +51,21 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
     begun = folder / "started.json"
     if begun.is_file() and json.loads(begun.read_text()) != started:
         raise InputError(f"{folder}: is a store of other images; remove it, or name another root")
-    _write(begun, json.dumps(started).encode())
+    _write_json(begun, started)
 
     parts = {number: files[number * SHARD :][:SHARD] for number in range(-(-len(files) // SHARD))}
-    known = folder / "index.json"
-    expected = json.loads(known.read_text())["checksums"] if known.is_file() else [None] * len(parts)
+    index = folder / "index.json"
+    known = json.loads(index.read_text())["checksums"] if index.is_file() else [None] * len(parts)
     checksums: dict[int, int] = {}
     with processes(workers) as pool:
-        jobs = {pool.submit(write_shard, folder, number, part, source.channels, size): number
+        jobs = {pool.submit(write_shard, folder, number, part, source.channels, size, known[number]): number
                 for number, part in parts.items()}
         for job in _finished(pool, jobs):
-            number, (checksum, anew) = jobs[job], job.result()
-            if expected[number] not in (None, checksum) and not anew:
-                raise InputError(f"{shard_file(folder, number)}: damaged; remove it, and the same command writes it "
-                                 "anew")
-            checksums[number] = checksum
+            checksums[jobs[job]], _ = job.result()
             _tell(len(checksums), len(parts), len(files))
-    _write(known, json.dumps(started | {"images": len(files), "checksums": [checksums[n] for n in parts]}).encode())
+    _write_json(index, started | {"images": len(files), "checksums": [checksums[number] for number in parts]})
+    for number in parts:
+        checksum_of(shard_file(folder, number)).unlink(missing_ok=True)
     return folder
 
 
@@ -93,36 +94,53 @@ def _tell(done: int, shards: int, images: int) -> None:
           f"{seconds / done * (shards - done):.0f} s left", file=sys.stderr, flush=True)
 
 
-def write_shard(folder: Path, number: int, files: list[str], channels: int, size: int) -> tuple[int, bool]:
-    """The checksum of a shard, and whether it had to be written."""
+def write_shard(
+    folder: Path, number: int, files: list[str], channels: int, size: int, known: int | None = None
+) -> tuple[int, bool]:
+    """The checksum of a shard, and whether it had to be written.
+
+    Args:
+        known: its checksum, if it is one of a finished store; that of a shard written since lies beside it.
+
+    Raises:
+        InputError: a file that cannot be read, or a shard that is not as it was written.
+    """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 
     path = shard_file(folder, number)
-    if path.is_file() and shapes_of(path).is_file():
-        return _checksum(mapped(path), np.array(mapped(shapes_of(path)))), False
+    if checksum_of(path).is_file():
+        known = int(mapped(checksum_of(path)))
+    if known is not None and path.is_file() and shapes_of(path).is_file():
+        if _checksum(mapped(path), np.array(mapped(shapes_of(path)))) != known:
+            raise InputError(f"{path}: damaged; remove it, and the same command writes it anew")
+        return known, False
     images, shapes = np.empty((len(files), channels, size, size), np.uint8), np.empty((len(files), 2), np.int64)
     for row, file in enumerate(files):
         image = decode(file, channels)
         shapes[row] = image.shape[1:]
         images[row] = resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True).numpy()
-    for place, array in [(shapes_of(path), shapes), (path, images)]:  # the pixels last: the shard is whole by then
-        temporary = place.with_suffix(".tmp")
-        with open(temporary, "wb") as out:
-            np.save(out, array)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(place)
-    return _checksum(images, shapes), True
+    checksum = _checksum(images, shapes)
+    path.unlink(missing_ok=True)  # whatever ends the writing, no other pixels lie beside these shapes and checksum
+    for place, array in [(shapes_of(path), shapes), (checksum_of(path), np.uint32(checksum)), (path, images)]:
+        _write(place, partial(np.save, arr=array))  # the pixels last: the shard is whole by then
+    return checksum, True
 
 
 def _checksum(images: np.ndarray, shapes: np.ndarray) -> int:
     return zlib.crc32(shapes, zlib.crc32(images))
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, lambda out: out.write(json.dumps(content).encode()))
+
+
+def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
+    with open(temporary, "wb") as out:
+        put(out)
+        out.flush()
+        os.fsync(out.fileno())
     temporary.replace(path)
 
 

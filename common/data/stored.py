@@ -84,6 +84,11 @@ def shapes_of(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}-shapes.npy")
 
 
+def checksum_of(shard: Path) -> Path:
+    """The checksum of what was written, beside the shard until it stands in the index of the finished store."""
+    return shard.with_name(f"{shard.stem}-checksum.npy")
+
+
 def mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")

@@ -1,5 +1,6 @@
 """The store of shrunk training images: what it holds, what its crops are worth, and how it survives."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -152,6 +153,81 @@ def test_it_goes_on_where_it_stopped_and_notices_damage(root, capsys, monkeypatc
     gone.write_bytes(b"")
     with pytest.raises(InputError, match="00001.npy: damaged"):
         store_of(root)
+
+
+@pytest.fixture
+def interrupted(root, monkeypatch):
+    """The first of three shards: an image of the second could not be read, and is mended by now."""
+    monkeypatch.setattr("common.data.store.SHARD", 2)
+    image = root / "imagenet" / "train" / "n00000000" / "4.JPEG"
+    data = image.read_bytes()
+    image.write_bytes(b"no image")
+    with pytest.raises(InputError, match="4.JPEG: not a readable image"):
+        make(ImageNet(), root, SIZE, workers=1)
+    image.write_bytes(data)
+    folder = location(ImageNet(), root, SIZE)
+    assert (folder / "00000.npy").is_file() and not (folder / "00001.npy").exists()
+    return folder
+
+
+def test_an_interrupted_store_keeps_its_shards(root, interrupted):
+    first = [interrupted / "00000.npy", interrupted / "00000-shapes.npy"]
+    times = [path.stat().st_mtime_ns for path in first]
+    make(ImageNet(), root, SIZE, workers=1)
+    assert [path.stat().st_mtime_ns for path in first] == times
+    assert {path.name for path in interrupted.iterdir()} == {
+        "started.json", "index.json", *(f"0000{n}{part}.npy" for n in range(3) for part in ("", "-shapes"))}
+    assert len(json.loads((interrupted / "index.json").read_text())["checksums"]) == 3
+    make(ImageNet(), root, SIZE, workers=1)
+
+
+@pytest.mark.parametrize("name", ["00000.npy", "00000-shapes.npy", "00000-checksum.npy"])
+def test_damage_before_the_store_is_finished_is_no_truth(root, interrupted, name):
+    damaged = interrupted / name
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(InputError, match="00000.npy: damaged; remove it"):
+        make(ImageNet(), root, SIZE, workers=1)
+    assert not (interrupted / "index.json").exists()
+    (interrupted / "00000.npy").unlink()
+    make(ImageNet(), root, SIZE, workers=1)
+    assert len(store_of(root)[0]) == 6
+
+
+def test_a_shard_without_its_checksum_is_written_anew(root, interrupted):
+    (interrupted / "00000-checksum.npy").unlink()
+    shard = interrupted / "00000.npy"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    make(ImageNet(), root, SIZE, workers=1)
+    assert shard.read_bytes() == good
+
+
+# Before each rename and removal: started.json; of two shards what lay there before, and three files; the index; and two
+# checksums that it holds by then.
+@pytest.mark.parametrize("step", range(12))
+def test_it_may_be_killed_at_any_moment(root, monkeypatch, step):
+    monkeypatch.setattr("common.data.store.SHARD", 3)
+    moments = itertools.count()
+
+    def dying(method):
+        def call(*arguments, **options):
+            if next(moments) >= step:
+                raise KeyboardInterrupt
+            return method(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        for name in ("replace", "unlink"):
+            patched.setattr(Path, name, dying(getattr(Path, name)))
+        make(ImageNet(), root, SIZE, workers=1)
+    folder = location(ImageNet(), root, SIZE)
+    times = {shard: shard.stat().st_mtime_ns for shard in folder.glob("0000?.npy")}
+    make(ImageNet(), root, SIZE, workers=1)
+    assert {shard: shard.stat().st_mtime_ns for shard in times} == times  # what was whole stays
+    assert len(store_of(root)[0].images(torch.device("cpu"))) == 6 and not list(folder.glob("*-checksum.npy"))
 
 
 def test_a_store_of_other_images_is_refused(root):
