@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from common.benchmark.device import FAST, PLAIN, add_device, autocast, parsed, prepare_device, start_afresh
 from common.benchmark.interleaving import interleaved, raced, ratios, timed
 from common.benchmark.report import Section, check_counts, publish
-from common.benchmark.trainer_cost import Timed, fit, without_lightning
+from common.benchmark.trainer_cost import fit, without_lightning
 from common.command import Parser, run_command
 from common.data.loader import Draw, GlobalBatchData
 from common.device import has_bf16
@@ -106,8 +106,8 @@ class RandomLatents(GlobalBatchData):
         return TensorSet(self.steps * BATCH)
 
 
-class TimedGeneration(Timed, Generation):
-    """Generation that measures its own step; the data are none that an autoencoder made."""
+class TimedGeneration(Generation):
+    """Generation whose step is timed: on data that no autoencoder has made."""
 
     data_class = RandomLatents
 

@@ -3,7 +3,8 @@
   masking  what masking saves of a step's time and memory, next to the formulas of mae.cost. The encoder sees a quarter
            of the tokens and the decoder all of them, so that the decoder decides how much is left of the saving: three
            are measured. The loss is taken over all tokens on both sides, since without a mask there are no masked ones
-  peers    the step through our blocks against timm's; on a GPU, where --device says so, in bf16 and compiled
+  peers    the step through our blocks against timm's, at the demo's size and at CIFAR's, on pixels and on patches; on a
+           GPU, where --device says so, at CIFAR's on pixels, in bf16 and compiled
 
 A step is forward, loss, backward and AdamW, in fp32 on the CPU. The sides take turns, and each ratio is the median over
 rounds of what was measured side by side. The result is Markdown for RESULTS.md, and JSON where --json names a file.
@@ -15,30 +16,20 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from common.benchmark.device import FAST, PLAIN, add_device, parsed, prepare_device
+from common.benchmark.device import FAST, PLAIN, add_device, prepare_device
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.memory import kept_bytes
 from common.benchmark.report import Section, check_counts, publish, quieten_lightning
 from common.command import Parser, run_command
 from mae.cost import activation_bytes, forward_flops
 from mae.model import MaskedAutoencoder
-from mae.step import MASKED, WHOLE, Step
+from mae.step import MASKED, WHOLE, Decoder, Step, autoencoder
 
 TIME_COLUMNS = ("decoder", "ms at 0.75", "ms at 0", "measured ratio (quartiles)", "ratio of FLOPs", "apart")
-DEFAULTS = {"cpu": {"batch": 2}, "cuda": {"batch": 256}}
 MEMORY_COLUMNS = ("decoder", "MB at 0.75", "blocks at 0.75", "MB at 0", "blocks at 0", "ratio", "ratio of blocks")
-
-
-class Decoder(NamedTuple):
-    width: int
-    depth: int
-    heads: int
-
-
 # One narrower than any, that of our configs, MAE's.
 DECODERS = (Decoder(192, 8, 3), Decoder(256, 8, 8), Decoder(512, 8, 16))
 
@@ -67,30 +58,21 @@ def measure(net: MaskedAutoencoder, batch: int, rounds: int) -> tuple[tuple[str,
 
 
 def sections(options: argparse.Namespace) -> Iterator[Section]:
-    fast = options.device == "cuda"
-    model = (f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, "
-             f"{FAST if fast else PLAIN}")
     if options.mode in ("masking", "all"):
-        yield from masking(options, model)
+        yield from masking(options)
     if options.mode in ("peers", "all"):
         from mae import peers  # timm costs a second
 
-        torch.manual_seed(0)
-        net = MaskedAutoencoder(options.image, options.patch_size, size=options.size, decoder_width=192,
-                                decoder_depth=4, decoder_heads=3).to(options.device)  # fmt: skip
-        yield Section(f"Training step of {model}, through our blocks and through timm's:", peers.COLUMNS,
-                      [peers.measure(net, options.batch, options.rounds, fast)])
+        device, fast = torch.device(options.device), options.device == "cuda"
+        rows = [peers.measure(case.net().to(device), case.batch, options.rounds, fast) for case in peers.cases(device)]
+        yield Section(f"Training step, {FAST if fast else PLAIN}, through our blocks and through timm's:",
+                      peers.COLUMNS, rows)
 
 
-def masking(options: argparse.Namespace, model: str) -> Iterator[Section]:
-    rows = []
-    for decoder in DECODERS:
-        torch.manual_seed(0)
-        net = MaskedAutoencoder(
-            options.image, options.patch_size, size=options.size, decoder_width=decoder.width,
-            decoder_depth=decoder.depth, decoder_heads=decoder.heads,
-        )  # fmt: skip
-        rows.append(measure(net, options.batch, options.rounds))
+def masking(options: argparse.Namespace) -> Iterator[Section]:
+    rows = [measure(autoencoder(options.size, options.patch_size, options.image, 3, decoder), options.batch,
+                    options.rounds) for decoder in DECODERS]  # fmt: skip
+    model = f"{options.size}/{options.patch_size} at {options.image}x{options.image}, batch {options.batch}, {PLAIN}"
     times, memory = zip(*rows, strict=True)
     yield Section(f"Training step of {model}; decoders as width x blocks x heads:", TIME_COLUMNS, times)
     yield Section("Kept for the backward, per image, measured and of the blocks alone by formula:", MEMORY_COLUMNS,
@@ -100,11 +82,11 @@ def masking(options: argparse.Namespace, model: str) -> Iterator[Section]:
 def _parser() -> Parser:
     parser = Parser("python -m mae.benchmark", __doc__)
     parser.add_argument("mode", nargs="?", choices=["masking", "peers", "all"], default="all", help="default: all")
-    parser.add_argument("--size", default="tiny", help="row of the table of sizes (default tiny)")
+    parser.add_argument("--size", default="tiny", help="masking: row of the table of sizes (default tiny)")
     for name, default, text in [
-        ("patch_size", 1, "side of a patch in pixels"),
-        ("image", 32, "side of an image in pixels"),
-        ("batch", DEFAULTS["cpu"]["batch"], f"images of a step; on a GPU {DEFAULTS['cuda']['batch']}"),
+        ("patch_size", 1, "masking: side of a patch in pixels"),
+        ("image", 32, "masking: side of an image in pixels"),
+        ("batch", 2, "masking: images of a step"),
         ("rounds", 12, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
     ]:
@@ -116,7 +98,7 @@ def _parser() -> Parser:
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
     """What `sections` is told by a command line."""
-    return parsed(_parser(), arguments, DEFAULTS)
+    return _parser().parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,8 @@
-"""A training step of MAE on noise, which the benchmarks measure."""
+"""MAE of a chosen decoder, and a training step of it on noise, which the benchmarks measure."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,19 @@ from mae.model import MaskedAutoencoder
 
 MASKED, WHOLE = 0.75, 0.0  # mask ratios of the paper, and without any mask
 RECIPE = Recipe(lr=1e-4)
+
+
+class Decoder(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+
+
+def autoencoder(size: str, patch_size: int, side: int, channels: int, decoder: Decoder) -> MaskedAutoencoder:
+    """With an encoder of the table of sizes, for images (channels, side, side); always the same weights."""
+    torch.manual_seed(0)
+    return MaskedAutoencoder(side, patch_size, channels, size, decoder_width=decoder.width,
+                             decoder_depth=decoder.depth, decoder_heads=decoder.heads)  # fmt: skip
 
 
 class Step:

@@ -3,11 +3,16 @@
 import argparse
 import json
 import os
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,16 +21,28 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from small import SMALL
 
 from common.benchmark import __main__ as benchmark
-from common.benchmark import augmentation, building, interleaving, peers, pipelines, scaling, step, trainer_cost
+from common.benchmark import (
+    augmentation,
+    building,
+    interleaving,
+    peers,
+    pipelines,
+    scaling,
+    startup,
+    step,
+    trainer_cost,
+)
 from common.benchmark.__main__ import main
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.peers import Case
-from common.benchmark.report import Section, table
+from common.benchmark.report import Section, circumstances, table
 from common.errors import InputError
+from common.randomness import seeded
 from common.training.checkpoints import Checkpoints
 from common.training.curves import Curves
 from common.training.progress import Progress
 from common.training.run import RunFolder
+from supervised import Classification
 
 CONFIG = str(Path(__file__).parents[1] / "supervised" / "configs" / "digits.yaml")
 
@@ -116,12 +133,30 @@ def test_row_of_the_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_cases_are_those_of_the_acceptance(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "has_bf16", lambda: bf16)
-    covered = {(case.size, case.side, case.patch_size, case.precision) for case in peers.cases(depth=3)}
-    cifar = {(size, 32, patch, precision) for size in ("tiny", "small") for patch in (1, 2)
-             for precision in ("fp32", "bf16")[: 1 + bf16]}  # fmt: skip
-    assert covered == {("nano", side, patch, "fp32") for side in (8, 16) for patch in (1, 2)} | cifar
+    covered = {(case.size, case.side, case.patch_size, case.precisions) for case in peers.cases(depth=3)}
+    fp32, numerics = ("fp32", "fp32"), [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")]
+    cifar = {(size, 32, patch, precisions) for size in ("tiny", "small") for patch in (1, 2)
+             for precisions in numerics[: 3 if bf16 else 1]}  # fmt: skip
+    assert covered == {("nano", side, patch, fp32) for side in (8, 16) for patch in (1, 2)} | cifar
+    assert len(peers.cases(depth=3)) == len(covered)
     assert {case.depth for case in peers.cases(depth=3) if case.side == 32} == {3}
     assert {case.batch for case in peers.cases(depth=3, batch=5)} == {5}
+
+
+def test_ours_in_bf16_is_raced_against_timm_s_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "has_bf16", lambda: True)
+    case = next(case for case in peers.cases(depth=1, batch=1) if case.against and case.patch_size == 2)
+    seen, training_step = {}, peers.training_step
+
+    def watched(net: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str):
+        dtypes = seen.setdefault((type(net).__module__.split(".")[0], precision), set())
+        net.blocks[0].mlp.fc1.register_forward_hook(lambda _, __, out: dtypes.add(out.dtype))
+        return training_step(net, images, labels, precision)
+
+    monkeypatch.setattr(peers, "training_step", watched)
+    row = dict(zip(peers.COLUMNS, peers.measure(case, rounds=1), strict=True))
+    assert seen == {("common", "bf16"): {torch.bfloat16}, ("timm", "fp32"): {torch.float32}}
+    assert row["precision"] == "bf16 / fp32" and float(row["ours MB"]) < float(row["timm MB"])
 
 
 def test_cases_of_a_gpu_are_the_paper_s_sizes_compiled() -> None:
@@ -182,22 +217,53 @@ def lr_of(step: int) -> float:
 def test_the_trainer_is_timed_after_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 13.0, 14.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    module = trainer_cost.NullExperiment(peers.RECIPE)
+    clocked, module = trainer_cost.Clock(), trainer_cost.NullExperiment(peers.RECIPE)
     for i in range(3):
-        module.on_train_batch_end({}, {}, i)
+        clocked.on_train_batch_end(SimpleNamespace(), module, {}, {}, i)
     assert module.seconds == 2.0
 
 
 def test_rows_of_the_trainer(fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = SimpleNamespace(model=None, datamodule=SimpleNamespace(random_batch=lambda images: {}))
     monkeypatch.setattr(trainer_cost, "fitted", lambda steps: fitted)
-
-    def fake(sides, rounds):
-        return dict(zip(sides, [[0.001, 0.003], [0.002, 0.003], [0.002, 0.006]], strict=True))
-
-    monkeypatch.setattr(trainer_cost, "interleaved", fake)
+    monkeypatch.setattr(trainer_cost, "fitted_vit", lambda: vit)
+    times = iter([[[0.001, 0.003], [0.002, 0.003], [0.002, 0.006]], [[0.1, 0.1], [0.1, 0.104]]])
+    monkeypatch.setattr(trainer_cost, "interleaved", lambda sides, rounds: dict(zip(sides, next(times), strict=True)))
     rows = trainer_cost.measure(7, 2)
-    assert [row[1] for row in rows] == ["2.000", "2.500", "4.000"]
-    assert [row[2] for row in rows] == ["", "0.500 (0.250 to 0.750)", "2.000 (1.500 to 2.500)"]
+    assert [row[0] for row in rows] == ["null model, 7 steps"] * 3 + ["tiny/2 at 32x32, batch 1, 6 steps"] * 2
+    assert [row[1].split(",")[0] for row in rows] == ["plain", "plain", "Trainer", "plain", "Trainer"]
+    assert [row[2] for row in rows] == ["2.000", "2.500", "4.000", "100.000", "102.000"]
+    assert [row[3] for row in rows] == ["", "0.500 (0.250 to 0.750)", "2.000 (1.500 to 2.500)", "",
+                                        "2.000 (1.000 to 3.000)"]  # fmt: skip
+    # Pairs 2 and 1, 2 and 2, 1 and 1.04.
+    assert [row[4] for row in rows] == ["", "1.500 (1.250 to 1.750)", "2.000 (2.000 to 2.000)", "",
+                                        "1.020 (1.010 to 1.030)"]  # fmt: skip
+
+
+def test_vit_s_plain_loop_takes_the_trainer_s_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the Trainer's batches, it ends at the Trainer's weights."""
+    monkeypatch.setattr(trainer_cost, "SIDE", 8)
+    batches, training_step = [], Classification.training_step
+
+    def remembered(module, batch, number):
+        batches.append(batch)
+        return training_step(module, batch, number)
+
+    with monkeypatch.context() as trainer:
+        trainer.setattr(Classification, "training_step", remembered)
+        cli = trainer_cost.fitted_vit()
+    assert len(batches) == cli.trainer.global_step == trainer_cost.VIT_STEPS and cli.model.seconds > 0
+    assert cli.trainer.precision == "32-true" and (cli.model.net.depth, cli.model.net.width) == (12, 192)
+    noise = cli.datamodule.random_batch(trainer_cost.VIT_BATCH)
+    for name in ("image", "label"):
+        assert (noise[name].shape, noise[name].dtype) == (batches[0][name].shape, batches[0][name].dtype)
+
+    trained = cli.model.net
+    with seeded("init", 0):
+        cli.model.net = cli.model.build(cli.datamodule)
+    assert trainer_cost.plain_loop(cli.model, batches) > 0
+    for own, other in zip(cli.model.net.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
 
 
 def test_plain_loop_is_spared_what_lightning_sets(fitted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +287,57 @@ def test_rows_of_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augmentation, "augmentation_throughput", throughput)
     pil, batched = augmentation.measure(6, 2)
     assert pil[1:] == ("2,000", "") and batched[1:] == ("16,000", "8.12")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What comes after `python` in each command, of which `import lightning` takes 2 s and any other one 3; none is
+    run.
+    """
+    words, now = [], [0.0]
+
+    def pretended(command: list[str], cwd: Path, **_: bool) -> SimpleNamespace:
+        assert command[0] == sys.executable and (cwd / "supervised").is_dir()
+        words.append(command[1:])
+        now[0] += 2 if command[1] == "-c" else 3
+        return SimpleNamespace(returncode=2 * ("gigantic" in command), stderr="it fell over")
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(subprocess, "run", pretended)
+    return words
+
+
+def test_rows_of_the_start_up(started: list[list[str]]) -> None:
+    rows = startup.measure(rounds=2)
+    assert [row[0] for row in rows] == list(startup.COMMANDS) and len(started) == (1 + 2) * len(rows)
+    assert started[0] == ["-c", "import lightning"] and started[1] == ["-m", "supervised", "--help"]
+    assert rows[0][1:] == ("2.00 (2.00 to 2.00)", "")
+    assert {row[1:] for row in rows[1:]} == {("3.00 (3.00 to 3.00)", "1.50 (1.50 to 1.50)")}
+
+
+def test_a_command_that_ends_otherwise_is_no_measurement(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(startup.COMMANDS, "python -m supervised --help", 1)
+    with pytest.raises(AssertionError, match="python -m supervised --help: it fell over"):
+        startup.measure(rounds=1)
+
+
+@pytest.mark.parametrize("command", [command for command in startup.COMMANDS if command != startup.FLOOR])
+def test_the_commands_end_as_they_are_said_to(command: str) -> None:
+    assert run(*shlex.split(command)[2:]).returncode == startup.COMMANDS[command]
+
+
+def test_start_up_is_a_mode_of_its_own(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "measure", lambda rounds: [("a command", f"{rounds}.00", "")])
+    threads = torch.get_num_threads()
+    try:
+        assert main(["startup", "--rounds", "3"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0] == list(startup.COLUMNS) and rows[2] == ["a command", "3.00", ""]
+    assert "startup" not in benchmark.MODES  # which are those of `all`
 
 
 def test_a_step_on_many_devices_by_hand() -> None:
@@ -304,12 +421,20 @@ def test_table_is_markdown() -> None:
     assert [cells(line) for line in lines] == [["a", "bb"], ["---", "--"], ["1", "2"], ["100", "20"]]
 
 
+def test_circumstances_name_what_figures_depend_on() -> None:
+    _, told = circumstances("common.benchmark", ["peers"], rounds=3)
+    for package in ("torch", "timm", "lightning", "diffusers", "torch-fidelity"):
+        assert f"{package} {version(package)}" in told
+    assert "medians over 3 rounds" in told
+
+
 def test_every_mode_reports_with_its_circumstances(
     capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(benchmark, "of_study", lambda study, mode, options: [
         Section(f"{mode} of {study}", ["rounds"], [[str(options.rounds)]])])
+    monkeypatch.setattr(trainer_cost, "SIDE", 8)
     try:
         small = ["--rounds", "1", "--depth", "1", "--batch", "1", "--steps", "3", "--images", "8", "--crops", "4"]
         assert main(["all", *small, "--json", str(tmp_path / "all.json"), "--config", CONFIG]) == 0
@@ -325,7 +450,9 @@ def test_every_mode_reports_with_its_circumstances(
     assert [row[0] for row in rows if len(row) == len(pipelines.COLUMNS)][-4:] == [
         "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96",
         "the suite's, from that store, and RandAugment"]
-    assert [len(row) for row in rows].count(3) == (2 + 3) + (2 + 2)  # headings, rules and rows of the other two
+    assert [len(row) for row in rows].count(3) == 2 + 2  # heading, rule and rows of the augmentation
+    assert sum(row[:2] == ["tiny/2 at 8x8, batch 1, 6 steps", loop] for row in rows
+               for loop in (trainer_cost.MEMORY, trainer_cost.TRAINER)) == 2
     written = json.loads((tmp_path / "all.json").read_text())
     assert written["command"].startswith("python -m common.benchmark all") and "torch" in written["circumstances"]
     tables = {table["caption"]: table["rows"] for table in written["tables"]}

@@ -1,12 +1,13 @@
 """`make gpu`, as far as it goes without a GPU: it leaves out no config of the paper, and goes on after a failure."""
 
+import shlex
 import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.benchmark import gpu
+from common.benchmark import gpu, step
 from common.benchmark.__main__ import main
 from common.data import Cifar10
 from common.errors import InputError
@@ -41,6 +42,16 @@ def test_the_trainings_that_are_measured_parse() -> None:
                 StudyCLI(config.split("/")[0], ["fit", "--config", config, *words[end + 1 :]], run=False)
         elif words[1] == "fit":
             StudyCLI(words[0], words[1:], run=False)
+
+
+def test_the_discriminator_plays_in_the_step_of_an_autoencoder() -> None:
+    """Its FLOPs are counted; here in the demo's autoencoder, which otherwise begins without it."""
+    [steps] = [steps for steps in gpu.STEPS if "diffusion/autoencoder_imagenet256" in steps.configs]
+    played = []
+    for options in (shlex.split(steps.options), []):
+        module, data = step.experiment("diffusion/configs/autoencoder_digits.yaml", options, 2, compiled=False)
+        played.append({"discriminator", "adversarial"} & module.training_step(data.random_batch(2), 0).keys())
+    assert played == [{"discriminator", "adversarial"}, set()]
 
 
 def test_a_part_that_fails_leaves_the_others_alone(outcomes: dict[str, int], capsys: pytest.CaptureFixture) -> None:

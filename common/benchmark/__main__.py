@@ -2,11 +2,12 @@
 
   step     a training step of any study's config, on noise: milliseconds, images/s, FLOPs, share of the device's peak,
            memory. Further options of `fit` follow --, as in `step --batch 64 -- --model.size tiny --model.patch_size 1`
-  peers    forward, backward and AdamW of our VisionTransformer against timm's of the same size, weights and numerics;
-           then MAE's against the same through timm's blocks, and DiT's against diffusers', as python -m mae.benchmark
-           and python -m diffusion.benchmark measure them
+  peers    forward, backward and AdamW of our VisionTransformer against timm's of the same size, weights and numerics,
+           and of ours in bf16 against timm's in fp32; then MAE's against the same through timm's blocks, and DiT's
+           against diffusers', as python -m mae.benchmark and python -m diffusion.benchmark measure them
   sample   DiT's samples in batches against one by one, as python -m diffusion.benchmark measures them
-  trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: null model
+  trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: of a model
+           that does nothing, and of ViT-T on 32x32 pixels in patches of 2x2
   augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
   data     random crops of 28x28 of photographs on disk: decoded by PIL, by the suite, and from its store, a core each
   store    writing such a store on all cores against decoding alone; no part of `all`
@@ -16,6 +17,8 @@
   scaling  `fit` over several processes of this machine against one, with the same global batch and with the same batch
            on each; and, computed, the paper's configs over 8 and 64 H200. It takes minutes, and is no part of `all`.
            Further options of `fit` follow --, as in `scaling -- --model.patch_size 2`
+  startup  seconds from pressing enter until a command has ended: help, a mistake in a config, a list; beside a bare
+           `import lightning`. A round takes most of a minute, so that --rounds 5 is enough; no part of `all`
   gpu      all that only a GPU shows, in about 20 minutes, and no part of `all`: see common/benchmark/gpu.py
 
 `step` runs where `fit` would, `peers` and `sample` where --device says, the others on the CPU. The sides take turns,
@@ -69,7 +72,7 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
         from common.benchmark import trainer_cost
 
         rows = trainer_cost.measure(options.steps, options.rounds)
-        yield Section(f"Null model, {options.steps} steps:", trainer_cost.COLUMNS, rows)
+        yield Section("Training step under the Trainer and in plain loops, fp32:", trainer_cost.COLUMNS, rows)
     if options.mode in ("augment", "all"):
         from common.benchmark import augmentation
 
@@ -107,6 +110,11 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
         yield Section(f"Measured with {options.config[0]}: whole runs of `fit`, the median over their steps:",
                       scaling.MEASURED_COLUMNS, rows)
         yield Section(scaling.assumptions(options.mfu), scaling.COMPUTED_COLUMNS, list(scaling.computed(options.mfu)))
+    if options.mode == "startup":
+        from common.benchmark import startup
+
+        yield Section("From pressing enter until the command has ended:", startup.COLUMNS,
+                      startup.measure(options.rounds))
 
 
 def of_study(study: str, mode: str, options: argparse.Namespace) -> Iterator[Section]:
@@ -118,15 +126,15 @@ def of_study(study: str, mode: str, options: argparse.Namespace) -> Iterator[Sec
 
 def _parser() -> Parser:
     parser = Parser("python -m common.benchmark", __doc__)
-    parser.add_argument("mode", nargs="?", choices=[*MODES, "store", "growth", "scaling", "gpu", "all"], default="all",
-                        help="default: all")
+    parser.add_argument("mode", nargs="?", choices=[*MODES, "store", "growth", "scaling", "startup", "gpu", "all"],
+                        default="all", help="default: all")
     for name, default, text in [
         ("rounds", 15, "pairs that a median is taken over"),
         ("threads", 1, "threads of torch; one is the least noisy on a shared machine"),
         ("depth", DEFAULTS["cpu"]["depth"], "peers, growth: blocks of the models; ViT-Tiny has 12, and all on a GPU"),
         ("batch", None, "images of a step. peers, of ViT: default 128 up to 16x16 pixels and 8 at 32x32; 64 on a GPU. "
                         "step, scaling: default 128, in scaling of one process"),
-        ("steps", 2000, "trainer: steps of each round"),
+        ("steps", 2000, "trainer: steps of each round, of the null model"),
         ("images", 2048, "augment: images of each round"),
         ("crops", 1024, "data, store: images of each round"),
         ("side", 96, "data, store: pixels of the store's squares"),

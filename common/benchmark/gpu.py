@@ -54,8 +54,10 @@ STEPS = (
     Steps("patches", 128, ("supervised/cifar100", "supervised/imagenet28", "supervised/nyu_depth", "mae/cifar100",
                            "diffusion/imagenet256"), "--model.patch_size 2"),
     Steps("patches-of-16", 128, ("supervised/imagenet224", "locality_ablation/imagenet224")),
-    # Without the perceptual loss, whose weights are a file from elsewhere.
-    Steps("autoencoder", 16, ("diffusion/autoencoder_imagenet256",), "--model.perceptual none"),
+    # Without the perceptual loss, whose weights are a file from elsewhere; with the discriminator at once, which plays
+    # in most steps of the training and is part of the FLOPs.
+    Steps("autoencoder", 16, ("diffusion/autoencoder_imagenet256",),
+          "--model.perceptual none --model.adversary.start 0 --model.adversary.warmup 0"),
 )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""The training step of our VisionTransformer against timm's of the same size, weights, batch and numerics."""
+"""The training step of our VisionTransformer against timm's of the same size, weights, batch and numerics, but for ours
+in bf16 against timm's in fp32.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from common.model import SIZES, VisionTransformer
 from common.training.compilation import compile_blocks
 from common.training.optim import Recipe, adamw
 
+Precision = Literal["fp32", "bf16", "bf16, compiled"]
 RECIPE = Recipe(lr=1e-4)
 COLUMNS = ("model", "image", "precision", "batch", "ours ms", "timm ms", "ours images/s", "timm images/s",
            "times as fast (quartiles)", "ours MB", "timm MB")  # fmt: skip
@@ -26,7 +29,11 @@ MEMORY = {"cpu": "what the forward keeps for its backward", "cuda": "what a step
 
 
 class Case(NamedTuple):
-    """A model, its images (side, channels), and the numerics of its step, which are compiled in "bf16, compiled"."""
+    """A model, its images (side, channels), and the numerics of its step, which is compiled in "bf16, compiled".
+
+    Args:
+        against: the numerics of timm's step, where they are others.
+    """
 
     size: str
     depth: int
@@ -35,12 +42,18 @@ class Case(NamedTuple):
     channels: int
     classes: int
     batch: int
-    precision: Literal["fp32", "bf16", "bf16, compiled"]
+    precision: Precision
+    against: Precision | None = None
+
+    @property
+    def precisions(self) -> tuple[Precision, Precision]:
+        """Of our step, and of timm's."""
+        return self.precision, self.against or self.precision
 
 
 def cases(depth: int | None, batch: int | None = None, device: torch.device = CPU) -> list[Case]:
-    """The embedded sizes, of digits and of shapes, and both of CIFAR, on pixels and on patches, in bf16 where the CPU
-    has it; on a GPU the sizes of CIFAR-100 and ImageNet on CIFAR's pixels.
+    """The embedded sizes, of digits and of shapes, and both of CIFAR, on pixels and on patches; the latter in bf16 too
+    where the CPU has it, and in bf16 against fp32. On a GPU the sizes of CIFAR-100 and ImageNet on CIFAR's pixels.
 
     Args:
         depth: blocks of those on CIFAR; by default as many as the size has.
@@ -53,8 +66,9 @@ def cases(depth: int | None, batch: int | None = None, device: torch.device = CP
     patches = (1, 2)
     embedded = [Case("nano", SIZES["nano"].depth, patch, side, channels, 10, batch or 128, "fp32")
                 for side, channels in ((8, 1), (16, 3)) for patch in patches]  # fmt: skip
-    cifar = [Case(size, depth or SIZES[size].depth, patch, 32, 3, 10, batch or 8, precision)
-             for precision in ("fp32", *["bf16"] * has_bf16()) for size in ("tiny", "small") for patch in patches]
+    numerics = [("fp32", None), *[("bf16", None), ("bf16", "fp32")] * has_bf16()]
+    cifar = [Case(size, depth or SIZES[size].depth, patch, 32, 3, 10, batch or 8, *precisions)
+             for precisions in numerics for size in ("tiny", "small") for patch in patches]
     return embedded + cifar
 
 
@@ -107,13 +121,14 @@ def measure(case: Case, rounds: int, device: torch.device = CPU) -> tuple[str, .
     """A row of the table; steps of the two models take turns."""
     start_afresh()
     nets, (images, labels) = models(case, device), batch_of(case, device)
-    steps = [training_step(net, images, labels, case.precision) for net in nets.values()]
+    sides = list(zip(nets.values(), case.precisions, strict=True))
+    steps = [training_step(net, images, labels, precision) for net, precision in sides]
     ours, timm, ratio = raced(*steps, rounds, device)
-    memory = [peak_bytes(step, net) if device.type == "cuda" else kept(net, images, case.precision)
-              for step, net in zip(steps, nets.values(), strict=True)]
+    memory = [peak_bytes(step, net) if device.type == "cuda" else kept(net, images, precision)
+              for step, (net, precision) in zip(steps, sides, strict=True)]
     return (
         f"{case.size}/{case.patch_size}, {case.depth} blocks", f"{case.side}x{case.side}x{case.channels}",
-        case.precision, str(case.batch), f"{1e3 * ours:.1f}", f"{1e3 * timm:.1f}",
+        " / ".join(dict.fromkeys(case.precisions)), str(case.batch), f"{1e3 * ours:.1f}", f"{1e3 * timm:.1f}",
         f"{case.batch / ours:,.0f}", f"{case.batch / timm:,.0f}", f"{ratio:.3f}",
         *(f"{size / 1e6:.2f}" for size in memory),
     )  # fmt: skip

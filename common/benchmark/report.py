@@ -16,6 +16,8 @@ import torch
 
 from common.errors import InputError
 
+PACKAGES = ("torch", "timm", "lightning", "diffusers", "torch-fidelity")  # that figures depend on, or are beside
+
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Markdown whose columns are aligned in the source as well."""
@@ -33,7 +35,7 @@ def circumstances(module: str, arguments: Sequence[str], rounds: int) -> Iterato
     cpu = hardware(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False))
     if torch.cuda.is_available():
         cpu += f", {torch.cuda.get_device_name()}"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "lightning"))
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     yield f"`{shlex.join(['python', '-m', module, *arguments])}`  "
     yield f"{cpu}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}; " \
           f"commit {commit()}; medians over {rounds} rounds"

@@ -1,4 +1,4 @@
-"""What the suite's Trainer, as the command line sets it up, adds to a step of a model that does nothing."""
+"""What the suite's Trainer, as the command line sets it up, adds to a step: of a model that does nothing, of ViT-T."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 
-from common.benchmark.interleaving import differences, interleaved
+from common.benchmark.interleaving import differences, interleaved, ratios
 from common.data.loader import Draw, GlobalBatchData
 from common.training.cli import StudyCLI
 from common.training.module import Cost, Experiment
 
 BATCH = 128  # the demo's
+PATCH, SIDE, VIT_BATCH, VIT_STEPS = 2, 32, 1, 6  # of ViT-T: a second of steps or two; more images would hide more
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
-COLUMNS = ("loop", "ms per step", "more than the plain loop (quartiles)")
+MEMORY, LOADER, TRAINER = ("plain, batches in memory", "plain, batches from the suite's loader",
+                           "Trainer, as the command line sets it up")
+COLUMNS = ("model", "loop", "ms per step", "ms more than the plain loop (quartiles)",
+           "times the plain loop (quartiles)")  # fmt: skip
 
 
 class NullModel(nn.Module):
@@ -41,20 +46,18 @@ class NullModel(nn.Module):
         return set()
 
 
-class Timed(Experiment):
-    """Measures the seconds per step of its own training."""
+class Clock(L.Callback):
+    """Leaves the seconds per step of a training with its module, as `seconds`."""
 
-    seconds = 0.0
-
-    def on_train_batch_end(self, out: Any, batch: Any, i: int) -> None:
-        # The first step is left out: Lightning sets itself up in it. All callbacks have run when this is called.
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
+        # From the end of the first step, in which Lightning sets itself up: whole steps, with all callbacks.
         if i == 0:
             self._start = time.perf_counter()
         else:
-            self.seconds = (time.perf_counter() - self._start) / i
+            module.seconds = (time.perf_counter() - self._start) / i
 
 
-class NullExperiment(Timed):
+class NullExperiment(Experiment):
     """Trains the null model."""
 
     def build(self, data: GlobalBatchData) -> NullModel:
@@ -101,29 +104,41 @@ class NullData(GlobalBatchData):
 
 
 def fit(study: str, runs: str | Path, name: str, *options: str) -> StudyCLI:
-    """`fit` of a study with these options for one epoch on the CPU, without validation, into a run of that name."""
+    """`fit` of a study with these options for one epoch on the CPU, without validation, into a run of that name; its
+    module has the `seconds` of a step.
+    """
     with redirect_stdout(io.StringIO()):  # its recipe is nobody's
         return StudyCLI(study, [
             "fit", *options, "--runs", str(runs), "--run_name", name,
             "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0",
+            f"--trainer.callbacks={__name__}.Clock",
         ])  # fmt: skip
 
 
 def fitted(steps: int) -> StudyCLI:
     """`fit` of the null model for one epoch, in a run folder that is gone afterwards."""
-    here = "common.benchmark.trainer_cost"
     with tempfile.TemporaryDirectory() as runs:
-        return fit("common.benchmark", runs, "nothing", f"--model={here}.NullExperiment", "--model.optim.lr=1e-3",
-                   f"--data={here}.NullData", f"--data.steps={steps}")
+        return fit("common.benchmark", runs, "nothing", f"--model={__name__}.NullExperiment", "--model.optim.lr=1e-3",
+                   f"--data={__name__}.NullData", f"--data.steps={steps}")
 
 
-def plain_loop(module: NullExperiment, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Seconds per step of the same optimiser and schedule in the loop that one would write by hand."""
+def fitted_vit() -> StudyCLI:
+    """`fit` of the first study's ViT-T in fp32, likewise, on rendered pictures; the last step is logged."""
+    with tempfile.TemporaryDirectory() as runs:
+        return fit("supervised", runs, "vit", "--model=supervised.Classification", "--model.size=tiny",
+                   f"--model.patch_size={PATCH}", "--model.optim.lr=1e-3", "--data=common.data.ImageData",
+                   "--data.source=common.data.Shapes", f"--data.source.size={SIDE}",
+                   f"--data.source.train={VIT_BATCH * VIT_STEPS}", f"--data.image_size={SIDE}",
+                   f"--data.batch_size={VIT_BATCH}", f"--trainer.log_every_n_steps={VIT_STEPS}")  # fmt: skip
+
+
+def plain_loop(module: Experiment, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Seconds per step of the same net, loss, optimiser and schedule in the loop that one would write by hand."""
     [optimizer], [schedule] = module.configure_optimizers()
     with without_lightning():
         for step, batch in enumerate(batches):
             optimizer.zero_grad()
-            module.net(batch["image"]).backward()
+            module.training_step(batch, step).backward()
             optimizer.step()
             schedule["scheduler"].step()
             if step == 0:
@@ -146,17 +161,28 @@ def without_lightning() -> Iterator[None]:
 
 
 def measure(steps: int, rounds: int) -> list[tuple[str, ...]]:
-    """The rows of the table; a round is a whole run of the Trainer and of both plain loops."""
-    cli = fitted(steps)  # imports and first calls are over before the clock runs
-    loader = cli.datamodule.train_dataloader()
-    batches = list(loader)
-    times = interleaved({
-        "plain, batches in memory": lambda: plain_loop(cli.model, batches),
-        "plain, batches from the suite's loader": lambda: plain_loop(cli.model, loader),
-        "Trainer, as the command line sets it up": lambda: fitted(steps).model.seconds,
+    """The rows of the table, of the null model in so many steps, and of ViT-T; a round is a whole run of the Trainer
+    and of each plain loop.
+    """
+    null, vit = fitted(steps), fitted_vit()  # imports and first calls are over before the clock runs
+    loader = null.datamodule.train_dataloader()
+    batches, noise = list(loader), [vit.datamodule.random_batch(VIT_BATCH)] * VIT_STEPS
+    of_null = interleaved({
+        MEMORY: lambda: plain_loop(null.model, batches),
+        LOADER: lambda: plain_loop(null.model, loader),
+        TRAINER: lambda: fitted(steps).model.seconds,
     }, rounds)  # fmt: skip
-    rows = {name: [1e3 * seconds for seconds in values] for name, values in times.items()}
-    plain, *others = rows
-    return [(plain, f"{statistics.median(rows[plain]):.3f}", ""), *(
-        (name, f"{statistics.median(rows[name]):.3f}", f"{differences(rows[name], rows[plain]):.3f}") for name in others
-    )]
+    of_vit = interleaved({
+        MEMORY: lambda: plain_loop(vit.model, noise),
+        TRAINER: lambda: fitted_vit().model.seconds,
+    }, rounds)  # fmt: skip
+    return [*_rows(f"null model, {steps} steps", of_null),
+            *_rows(f"tiny/{PATCH} at {SIDE}x{SIDE}, batch {VIT_BATCH}, {VIT_STEPS} steps", of_vit)]
+
+
+def _rows(model: str, times: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
+    rows = {loop: [1e3 * seconds for seconds in values] for loop, values in times.items()}
+    plain = rows[MEMORY]
+    for loop, values in rows.items():
+        compared = ("", "") if loop == MEMORY else (f"{differences(values, plain):.3f}", f"{ratios(plain, values):.3f}")
+        yield (model, loop, f"{statistics.median(values):.3f}", *compared)

@@ -2,23 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from timm.models.vision_transformer import Block as TimmBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import mae.step
 from common.benchmark import interleaving
 from common.benchmark.memory import kept_bytes
 from common.errors import InputError
 from common.training.optim import Recipe
 from mae import benchmark, peers
-from mae.benchmark import MEMORY_COLUMNS, TIME_COLUMNS, Decoder, main, measure
+from mae.benchmark import MEMORY_COLUMNS, TIME_COLUMNS, main, measure
 from mae.cost import activation_bytes
 from mae.model import MaskedAutoencoder
-from mae.step import MASKED, WHOLE, Step
+from mae.step import MASKED, WHOLE, Decoder, Step
 
 
 def small(image: int = 4, width: int = 8, depth: int = 1, decoder_depth: int = 1) -> MaskedAutoencoder:
@@ -74,7 +77,7 @@ def test_a_step_moves_every_parameter_that_has_a_gradient(mask_ratio: float) -> 
 
 
 def test_gradients_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "RECIPE", Recipe(lr=0.0))  # the weights stay, and so must the gradients
+    monkeypatch.setattr(mae.step, "RECIPE", Recipe(lr=0.0))  # the weights stay, and so must the gradients
     net = small()
     step = Step(net, batch=2)
     step(MASKED)
@@ -129,6 +132,8 @@ def cells(line: str) -> list[str]:
 
 def test_the_command_prints_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(benchmark, "DECODERS", (Decoder(16, 1, 2), Decoder(32, 2, 4)))
+    demo = peers.cases()[:2]
+    monkeypatch.setattr(peers, "cases", lambda device: [case._replace(batch=3) for case in demo])
     threads = torch.get_num_threads()
     arguments = ["--size", "nano", "--patch_size", "2", "--image", "8", "--batch", "1", "--rounds", "1"]
     try:
@@ -140,7 +145,9 @@ def test_the_command_prints_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "nano/2 at 8x8, batch 1, fp32" in output
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
     assert rows[0] == list(TIME_COLUMNS) and rows[4] == list(MEMORY_COLUMNS) and rows[8] == list(peers.COLUMNS)
-    assert len(rows) == 8 + 3
+    assert len(rows) == 8 + 4
+    # The peers' cases are their own, whatever the options of masking are.
+    assert [row[:4] for row in rows[10:]] == [[f"/{patch}, 4 x 48", "2 x 48", "8x8x1", "3"] for patch in (1, 2)]
     assert [row[0] for row in rows[2:4]] == [row[0] for row in rows[6:8]] == ["16 x 1 x 2", "32 x 2 x 4"]
 
 
@@ -168,10 +175,23 @@ def test_the_peer_is_the_same_function_with_timm_s_blocks() -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_cases_are_the_demo_s_and_cifar_s() -> None:
+    assert [(f"{case.size}/{case.patch_size}", case.side, case.channels, case.batch) for case in peers.cases()] == [
+        ("nano/1", 8, 1, 128), ("nano/2", 8, 1, 128), ("tiny/1", 32, 3, 2), ("tiny/2", 32, 3, 8)]
+    config = yaml.safe_load((Path(benchmark.__file__).parent / "configs" / "digits.yaml").read_text())
+    demo = config["model"]["init_args"]
+    decoder = Decoder(*(demo[f"decoder_{name}"] for name in Decoder._fields))
+    assert [case.decoder for case in peers.cases()] == [decoder] * 2 + [(192, 4, 3)] * 2
+    net = peers.cases()[1].net()
+    assert (net.image_size, net.channels, net.tokens, net.decoder_width) == ((8, 8), 1, 16, 48)
+    assert peers.cases(torch.device("cuda")) == [("tiny", 1, 32, 3, (192, 4, 3), 256)]
+
+
 def test_row_of_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interleaving, "interleaved", lambda *_: {"ours": [0.1, 0.2], "theirs": [0.2, 0.2]})
     row = dict(zip(peers.COLUMNS, peers.measure(small(image=8, width=32), 2, rounds=2), strict=True))
-    assert row["ours ms"] == "150.0" and row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"
+    assert row["image"] == "8x8x3" and row["ours ms"] == "150.0"
+    assert row["times as fast (quartiles)"] == "1.500 (1.250 to 1.750)"
 
 
 def test_as_on_a_gpu_both_are_compiled_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
