@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 from common.data import ImageData
 from common.data.augment import PLAIN
 from common.data.loader import Draw
+from common.data.stored import fingerprint
 from common.errors import InputError
 from common.randomness import normal
 from diffusion.autoencoder import Autoencoder
@@ -23,18 +26,22 @@ from diffusion.latent_set import SPLITS, LatentSet, read_index
 from diffusion.published import load_autoencoder
 
 PIECE = 64 * 256**2  # pixels that go through an autoencoder at once: 6 GB in the widest layers of the paper's, in fp32
+LOOKED_INTO = 64  # files whose contents help to tell images apart; to read them all would take hours
 
 
 class LatentData(ImageData):
     """Labelled images as normalised latents (z, h, w) of a frozen autoencoder, encoded on the device.
 
     A batch is that of ImageData, with latents as its `image`. KL's latents are drawn anew for every (seed, epoch,
-    index). Without an autoencoder they are the pixels, and all this is ImageData.
+    index) in training; in validation by index alone, so that runs of any seed are judged on the same. Without an
+    autoencoder they are the pixels, and all this is ImageData.
 
     Args:
-        autoencoder: a run folder of an autoencoder's training, or a published autoencoder; none trains on pixels.
+        autoencoder: a run folder of an autoencoder's training, or a published autoencoder; none (the word, or null)
+            trains on pixels.
         latents: a folder that `python -m diffusion.latents` wrote, read in place of the images in training and
-            validation; none encodes images as they come.
+            validation; left out, images are encoded as they come. The images need not be at hand, but those that are
+            must be the ones that were encoded.
         assumed_classes: how many there are, where the images are not at hand: to sample from published weights.
         **kwargs: see ImageData; images are mapped to [-1, 1].
     """
@@ -51,6 +58,8 @@ class LatentData(ImageData):
         if set(self.mean) != {0.5} or set(self.std) != {0.5}:
             raise InputError(f"data.mean, data.std: {list(self.mean)} and {list(self.std)}; diffusion takes images in "
                              "[-1, 1], so leave both at 0.5")
+        if autoencoder == "none":
+            autoencoder = None
         if latents and not autoencoder:
             raise InputError("data.latents: needs data.autoencoder too, which turns samples into images")
         if assumed_classes is not None and assumed_classes < 1:
@@ -77,7 +86,7 @@ class LatentData(ImageData):
             if not self.autoencoder_source or not Path(self.autoencoder_source).exists():
                 raise InputError(f"data.autoencoder: there is no run folder or file {self.autoencoder_source}; train "
                                  "one (diffusion/configs/autoencoder_*.yaml), name a published one (python -m "
-                                 "common.weights lists them), or train on pixels: --data.autoencoder null")
+                                 "common.weights lists them), or train on pixels: --data.autoencoder none")
             self.autoencoder = load_autoencoder(self.autoencoder_source).requires_grad_(False).eval()
             if self.autoencoder.config["image_channels"] != self.channels:
                 raise InputError(f"data.autoencoder: {self.autoencoder_source} is for images of "
@@ -99,12 +108,25 @@ class LatentData(ImageData):
         autoencoder = self.load_autoencoder()
         return autoencoder and autoencoder.fingerprint()
 
-    @property
-    def prepared(self) -> dict[str, Any]:
-        """What latents depend on beside the autoencoder, as JSON knows it."""
-        return {"dataset": self.dataset, "image_size": list(self.image_size), "eval_crop": self.eval_crop,
-                "interpolation": self.augment.interpolation, "eval_interpolation": self.eval_interpolation,
+    def prepared(self, split: str) -> dict[str, Any]:
+        """What a split's latents depend on beside the autoencoder, as JSON knows it, as far as it can be known here."""
+        return {"dataset": self.dataset, **self._known_images(split), "image_size": list(self.image_size),
+                "eval_crop": self.eval_crop, "interpolation": self.augment.interpolation,
+                "eval_interpolation": self.eval_interpolation,
                 **({"store": self.store} if self.store is not None else {})}
+
+    def _known_images(self, split: str) -> dict[str, Any]:
+        """What tells a split's images from others of their title; of files that are not at hand, nothing."""
+        known: dict[str, Any] = {}
+        if self.source.resident:  # its options, not pixels: to render them takes seconds, and may round otherwise here
+            known |= {f"source.{name}": str(value) for name, value in vars(self.source).items()}
+        with suppress(InputError):
+            if self.source.resident:
+                known["images"] = len(self.source.labels(self.root, split))
+            else:
+                files, labels = self.source.read(self.root, split)
+                known |= {"images": len(files), "files": _digest(files, labels)}
+        return known
 
     def refuse_uncacheable(self) -> None:
         if replace(self.augment, flip=0.0) != replace(PLAIN, interpolation=self.augment.interpolation):
@@ -137,10 +159,11 @@ class LatentData(ImageData):
             augment = self.augment if split == "train" else None
             self.refuse_uncacheable()
             there = read_index(Path(self.latents), split)
-            found = {key: (there.get(key), ours) for key, ours in self.prepared.items() if there.get(key) != ours}
+            found = [f"{key}: {there.get(key)} there, {ours} here" for key, ours in self.prepared(split).items()
+                     if there.get(key) != ours]
             if found:
-                raise InputError(f"data.latents: {self.latents} holds those of other images: " + "; ".join(
-                    f"{key}: {theirs} there, {ours} here" for key, (theirs, ours) in found.items()))
+                raise InputError(f"data.latents: {self.latents} holds those of other images: {'; '.join(found)}; name "
+                                 "another folder, into which python -m diffusion.latents encodes these")
             shape = self.autoencoder.moment_channels, *self.input_size
             return LatentSet(self.latents, split, self.fingerprint, shape, augment, self.trainer.seed)
         return super().load(split)
@@ -162,8 +185,8 @@ class LatentData(ImageData):
         if self.autoencoder.kind == "vq":
             return None
         shape = torch.Size((len(moments), self.autoencoder.channels, *moments.shape[2:]))
-        draws = normal("latent", self.trainer.seed, batch["epoch"], batch["index"], n=shape[1:].numel())
-        return draws.view(shape)
+        keys = ("latent", self.trainer.seed, batch["epoch"]) if self.trainer.training else ("evaluation latent",)
+        return normal(*keys, batch["index"], n=shape[1:].numel()).view(shape)
 
     def decode(self, latents: Tensor, beat: Callable[[], None] = lambda: None) -> Tensor:
         """What a model generates, (B, z, h, w), as images (B, C, H, W) in about [-1, 1].
@@ -175,6 +198,14 @@ class LatentData(ImageData):
             return latents
         latents = self.autoencoder.denormalise(latents)
         return _in_pieces(self.autoencoder.to(latents.device).decode, latents, self.image_size, beat)
+
+
+def _digest(files: list[str], labels: Tensor) -> str:
+    """Of files, wherever they lie: names and labels, and the contents of a few, as names are often mere numbers."""
+    digest = hashlib.sha256(fingerprint(files, labels).encode())
+    for number in torch.linspace(0, len(files) - 1, min(LOOKED_INTO, len(files))).long().tolist():
+        digest.update(Path(files[number]).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class LatentSet(Dataset):
         seed: of that decision.
 
     Raises:
-        InputError: no such cache, an unfinished one, or one of another autoencoder.
+        InputError: no such cache, an unfinished or damaged one, or one of another autoencoder. Of damage to shards no
+            more is noticed than costs nothing; python -m diffusion.latents, run again, reads them all.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LatentSet(Dataset):
         if augment is not None and augment.flip and not index["flips"]:
             raise InputError(f"data.latents: {folder} holds no mirror images, and data.augment.flip is {augment.flip}")
         self.images, self.shard = index["images"], index["shard"]
+        check(self.folder / "labels.npy")
         self.labels = torch.from_numpy(_load(self.folder / "labels.npy", self.images).copy())
         files, views = shard_files(self.folder, self.images, self.shard), 2 if index["flips"] else 1
         self.shards = [_load(path, min(self.shard, self.images - number * self.shard), views, *shape)
@@ -93,6 +96,21 @@ def _load(path: Path, *shape: int) -> np.ndarray:
     if array.shape != shape:
         raise InputError(f"{path}: damaged, an array of shape {array.shape} in place of {shape}; {AGAIN}")
     return array
+
+
+def check(path: Path) -> None:
+    """Refuses an array that is not as it was written: a power loss may leave zeros in its place."""
+    beside = checksum_file(path)
+    if not beside.is_file() or beside.read_bytes() != checksum(path.read_bytes()):
+        raise InputError(f"{path}: damaged, or its checksum {beside.name} is; {AGAIN}")
+
+
+def checksum(content: bytes | memoryview) -> bytes:
+    return b"%08x" % zlib.crc32(content)
+
+
+def checksum_file(path: Path) -> Path:
+    return path.with_suffix(".crc32")
 
 
 def shard_files(folder: Path, images: int, shard: int) -> list[Path]:

@@ -2,12 +2,15 @@
 once, so that training reads its latents instead of encoding images in every epoch.
 
 What is kept are moments, from which KL's latents are drawn anew in every epoch, of each image and of its mirror image
-where training flips. The same command goes on where it stopped, shard by shard. `--data.latents FOLDER` reads them.
+where training flips. The same command goes on where it stopped, shard by shard, and checks every shard that is there.
+`--data.latents FOLDER` reads them.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from common.data import ImageData
 from common.data.loader import Draw
 from common.errors import InputError
 from common.training.run import write_atomically
-from diffusion.latent_set import SPLITS, read_json, shard_files
+from diffusion.latent_set import SPLITS, check, checksum, checksum_file, read_json, shard_files
 
 if TYPE_CHECKING:
     from diffusion.latent_data import LatentData
@@ -51,20 +54,29 @@ def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
 
 
 def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
-    """Writes the moments of a split, and of its mirror images; shards that are there already are kept."""
+    """Writes the moments of a split, and of its mirror images; shards that are there already are checked and kept.
+
+    Raises:
+        InputError: the folder holds other latents, or a damaged shard.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data.trainer = SimpleNamespace(training=split == "train", predicting=False, seed=0)
     autoencoder, images = data.load_autoencoder().to(device), data.load(split)
     data.sets[split] = images
     index = {"fingerprint": data.fingerprint, "images": len(images), "shard": SHARD, "flips": flips,
-             **data.prepared}  # fmt: skip
+             **data.prepared(split)}  # fmt: skip
     started = folder / split / "started.json"
     if started.is_file() and read_json(started) != index:
         raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; name another folder")
     write_atomically(started, json.dumps(index))
-    begun = time.perf_counter()
     shards = {path: torch.arange(len(images))[number * SHARD :][:SHARD].split(data.eval_batch_size)
-              for number, path in enumerate(shard_files(folder / split, len(images), SHARD)) if not path.is_file()}
+              for number, path in enumerate(shard_files(folder / split, len(images), SHARD))}
+    if there := [path for path in shards if path.is_file()]:
+        for path in there:
+            check(path)
+        print(f"{split}: shards that are there and whole: {len(there)} of {len(shards)}", flush=True)
+    shards = {path: shard for path, shard in shards.items() if path not in there}
+    begun = time.perf_counter()
     # One loader for all that is missing: its processes decode while the device encodes.
     order = [[Draw(0, index, 0) for index in some.tolist()] for shard in shards.values() for some in shard]
     batches = iter(data.loader(split, order))
@@ -83,10 +95,17 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    temporary.replace(path)  # a shard is whole, or not there
+    """The checksum first: an array that is there is whole, and can be checked."""
+    content = io.BytesIO()
+    np.save(content, array)
+    data = content.getbuffer()
+    for place, written in [(checksum_file(path), checksum(data)), (path, data)]:
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            file.write(written)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(place)
 
 
 def main(arguments: list[str]) -> int:
@@ -97,7 +116,7 @@ def main(arguments: list[str]) -> int:
     data, flips = images_of(["--config", options.config, *overrides])
     for split in SPLITS:
         encode(data, flips and split == "train", options.folder, split)
-    print(f"finished: {options.folder}; train with --data.latents {options.folder}")
+    print(f"finished: {options.folder}; all checksums hold; train with --data.latents {options.folder}")
     return 0
 
 

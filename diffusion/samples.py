@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,10 @@ class SampleFolder:
         for number, image in zip(numbers, as_pixels(images).permute(0, 2, 3, 1).numpy(), strict=True):
             temporary = self.file(number).with_suffix(".tmp")
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            picture.save(temporary, format="PNG")
+            with open(temporary, "wb") as file:
+                picture.save(file, format="PNG")
+                file.flush()
+                os.fsync(file.fileno())  # what is there is never generated again
             temporary.replace(self.file(number))
 
     def read(self, start: int, stop: int, channels: int) -> Tensor:

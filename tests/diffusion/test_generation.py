@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -118,6 +119,29 @@ def test_samples_are_functions_of_their_numbers(generation: Callable) -> None:
                 "guidance": 1.5, "guidance_channels": 3, "seed": 0, "classes": 10, "autoencoder": None,
                 "rounding": "127.5 x + 128, clamped to 0-255, truncated", "precision": "32-true"}  # fmt: skip
     assert record.items() >= expected.items()
+
+
+def test_samples_are_on_the_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, replace = [], Path.replace
+    monkeypatch.setattr(samples.os, "fsync", lambda file: calls.append(os.fstat(file).st_size))
+    monkeypatch.setattr(Path, "replace", lambda path, to: calls.append(to.name) or replace(path, to))
+    SampleFolder(tmp_path).write([0, 1], torch.rand(2, 3, 8, 8))
+    sizes = [(tmp_path / name).stat().st_size for name in ("000000.png", "000001.png")]
+    assert calls == [sizes[0], "000000.png", sizes[1], "000001.png"]
+
+
+def test_no_autoencoder_is_spelt_none_or_null(command: Callable, tmp_path: Path) -> None:
+    for spelt in ("none", "null"):
+        outcome = command("fit", "--data.autoencoder", spelt, "--data.image_size", "8", "--model.picture_epochs", "0",
+                          "--run_name", f"a-{spelt}", config=DIGITS, study="diffusion")  # fmt: skip
+        assert outcome.code == 0 and "8x8" in outcome.out, outcome.err
+    one, other = (weights(tmp_path / "runs/diffusion" / f"a-{spelt}") for spelt in ("none", "null"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    none = ["--data.autoencoder", "none"]
+    outcome = command("fit", *none, "--data.latents", "latents", config=DIGITS, study="diffusion")
+    assert outcome.code == 2 and "data.latents: needs data.autoencoder too" in outcome.err
+    outcome = command("fit", "--data.autoencoder", "nothing", config=DIGITS, study="diffusion")
+    assert outcome.code == 2 and "or train on pixels: --data.autoencoder none" in outcome.err
 
 
 def test_samples_of_other_weights_are_not_taken_for_these(generation: Callable) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from forked import Command
+from PIL import Image
 
-from common.data import Augment, Digits
+from common.data import Augment, Digits, ImageFolder, Shapes
 from common.data.loader import Draw
+from common.data.sources import Source
 from common.errors import InputError
 from common.randomness import normal
 from diffusion import DiT, LatentData, latent_data
@@ -32,11 +35,11 @@ OPTIONS = {"image_channels": 1, "channels": 2, "base": 8, "multipliers": (1, 1),
            "codebook_size": 16, "attention": "none"}  # fmt: skip
 
 
-def save(path: Path, kind: str, seed: int = 0) -> Path:
+def save(path: Path, kind: str, seed: int = 0, image_channels: int = 1) -> Path:
     """An autoencoder in the form in which a run's checkpoint holds one."""
     torch.manual_seed(seed)
-    net = Autoencoder(kind=kind, **OPTIONS)
-    net.measure([net.moments(torch.randn(32, 1, 8, 8))])
+    net = Autoencoder(kind=kind, **OPTIONS | {"image_channels": image_channels})
+    net.measure([net.moments(torch.randn(32, image_channels, 8, 8))])
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
     torch.save({"autoencoder": net.config, "state_dict": state, "loops": {}}, path)
     return path
@@ -47,12 +50,12 @@ def encode(folder: Path, autoencoder: Path, *more: str) -> int:
 
 
 def batches(
-    autoencoder: Path, latents: Path | None, epoch: int, split: str = "train", flip: float = 0.5
+    autoencoder: Path, latents: Path | None, epoch: int, split: str = "train", flip: float = 0.5, seed: int = 3
 ) -> dict[str, torch.Tensor]:
     """What a model is given of a few images."""
     data = LatentData(Digits(), 8, 128, augment=Augment(flip=flip), autoencoder=str(autoencoder),
                       latents=str(latents) if latents else None)  # fmt: skip
-    data.trainer = SimpleNamespace(seed=3, training=split == "train", predicting=False,
+    data.trainer = SimpleNamespace(seed=seed, training=split == "train", predicting=False,
                                    strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data.load_autoencoder()
     data.sets[split] = data.load(split)
@@ -90,6 +93,15 @@ def test_kl_latents_are_drawn_anew_in_every_epoch(tmp_path: Path) -> None:
         torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_runs_of_all_seeds_are_validated_on_the_same_kl_latents(tmp_path: Path) -> None:
+    file = save(tmp_path / "autoencoder.ckpt", "kl")
+    encode(tmp_path / "latents", file)
+    for latents in (None, tmp_path / "latents"):
+        for split, same in [("train", False), ("val", True)]:
+            one, other = (batches(file, latents, 0, split, 0.0, seed)["image"] for seed in (3, 4))
+            assert torch.equal(one, other) == same, (latents, split)
+
+
 def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(latents_room, "SHARD", 500)
     autoencoder = save(tmp_path / "autoencoder.ckpt", "vq")
@@ -108,25 +120,23 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch, capsys: pytest
     assert kept.stat().st_mtime_ns == written and "train: 1,000 of 1,197 images" in capsys.readouterr().out
 
 
-# The command on small shards; given a shard's file, it kills itself when it has written half of that.
+# The command on small shards, which kills itself when it has written half of the file of this number, if any.
 DYING = """
-import io, os, signal, sys
+import os, signal, sys
 from diffusion import latents
-latents.SHARD, save, (half, *arguments) = 25, latents.np.save, sys.argv[1:]
-def dying(file, array):
-    if not half or not file.name.endswith(half):
-        return save(file, array)
-    whole = io.BytesIO()
-    save(whole, array)
-    file.write(whole.getvalue()[: whole.tell() // 2])
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-latents.np.save = dying
+latents.SHARD, fsync, (half, *arguments), written = 25, os.fsync, sys.argv[1:], []
+def dying(file):
+    written.append(file)
+    if len(written) == int(half):
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+os.fsync = dying
 latents.main(arguments)
 """
 
 
-def start(folder: Path, autoencoder: Path, half: str = "") -> Command:
+def start(folder: Path, autoencoder: Path, half: int = 0) -> Command:
     arguments = [folder, "--config", DIGITS, "--data.autoencoder", autoencoder, *IMAGES, "--data.augment.flip", "0.5"]
     (autoencoder.parent / "dying.py").write_text(DYING)
     return Command("dying", half, *arguments, cwd=autoencoder.parent)
@@ -144,10 +154,13 @@ def test_killed_at_any_moment_it_writes_the_same_files(tmp_path: Path, monkeypat
     process.kill()
     assert process.returncode == -signal.SIGKILL
     done = len(list((folder / "train").glob("*.npy")))
-    assert 1 <= done < 47
+    assert 1 <= done < 46
 
-    process = start(folder, autoencoder, f"train/{done + 1:05d}.tmp")
-    assert process.wait() == -signal.SIGKILL, process.stderr
+    for half in (4, 3):  # of a shard, whose checksum is there, when one more is whole; then of a checksum
+        process = start(folder, autoencoder, half)
+        assert process.wait() == -signal.SIGKILL, process.stderr
+        done += 1
+        assert len(list((folder / "train").glob("*.npy"))) == done
     encode(folder, autoencoder, "--data.augment.flip", "0.5")
     files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == files
@@ -170,6 +183,14 @@ def fill(content: bytes) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(content)
 
 
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def zero_values(path: Path) -> None:
+    np.save(path, np.zeros_like(np.load(path)))
+
+
 MISSING = [("00001.npy", Path.unlink), ("labels.npy", Path.unlink)]
 DAMAGED = [
     ("00001.npy", truncate), ("00001.npy", fill(b"")), ("00001.npy", fill(b"garbage")), ("labels.npy", truncate),
@@ -177,6 +198,7 @@ DAMAGED = [
     ("00001.npy", lambda path: np.save(path, np.load(path)[:, :, :1])),  # one channel, half of an image, mirror images
     ("00001.npy", lambda path: np.save(path, np.load(path)[..., :2])),
     ("00001.npy", lambda path: np.save(path, np.load(path).repeat(2, axis=1))),
+    ("labels.npy", zero_values), ("labels.npy", lambda path: path.with_suffix(".crc32").unlink()),
     ("index.json", fill(b"garbage")), ("index.json", fill(b"\xff")), ("index.json", fill(b"{}")),
 ]  # fmt: skip
 
@@ -188,6 +210,56 @@ def test_damage_is_named(command: Callable, cache: Path, name: str, harm: Callab
     outcome = command("fit", *options, "--run_name", "a", config=DIGITS, study="diffusion")
     assert outcome.code == 2, outcome.err
     assert f"latents/train/{name}" in outcome.err and len(outcome.err.splitlines()) == 1
+
+
+def read(source: Source, folder: Path) -> LatentSet:
+    """The training latents in a folder, as those of a source."""
+    data = LatentData(source, 8, 128, autoencoder=str(folder / "autoencoder.ckpt"), latents=str(folder / "latents"),
+                      on_device=False)  # fmt: skip
+    data.trainer = SimpleNamespace(seed=0)
+    data.load_autoencoder()
+    return data.load("train")
+
+
+def written(source: Source, folder: Path) -> None:
+    """Encodes a source's training images as the command does."""
+    autoencoder = save(folder / "autoencoder.ckpt", "vq", image_channels=3)
+    data = LatentData(source, 8, 128, autoencoder=str(autoencoder), on_device=False)
+    latents_room.encode(data, False, folder / "latents", "train")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("harm", [
+    zero, zero_values, truncate, fill(b""), lambda shard: shard.with_suffix(".crc32").unlink(),
+    lambda shard: fill(b"\xff")(shard.with_suffix(".crc32")), lambda shard: zero(shard.with_suffix(".crc32")),
+])  # fmt: skip
+def test_the_command_refuses_a_damaged_shard(
+    tmp_path: Path, harm: Callable[[Path], Any], finished: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(latents_room, "SHARD", 5)
+    source, shard = Shapes(8, train=12), tmp_path / "latents/train/00001.npy"
+    written(source, tmp_path)
+    whole = shard.read_bytes()
+    if not finished:
+        for name in ("index.json", "00002.npy"):
+            (shard.parent / name).unlink()
+    harm(shard)
+    with pytest.raises(InputError, match="train/00001.npy: damaged.*; remove it and run python -m diffusion.latents"):
+        written(source, tmp_path)
+    shard.unlink()
+    capsys.readouterr()
+    written(source, tmp_path)
+    assert shard.read_bytes() == whole and len(read(source, tmp_path)) == 12
+    assert f"train: shards that are there and whole: {1 + finished} of 3" in capsys.readouterr().out
+
+
+def test_shards_are_on_the_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, replace = [], Path.replace
+    monkeypatch.setattr(latents_room.os, "fsync", lambda file: calls.append(os.fstat(file).st_size))
+    monkeypatch.setattr(Path, "replace", lambda path, to: calls.append(to.name) or replace(path, to))
+    latents_room._save(tmp_path / "00000.npy", np.arange(1000))
+    assert calls == [8, "00000.crc32", (tmp_path / "00000.npy").stat().st_size, "00000.npy"]
 
 
 def test_another_autoencoder_is_refused(tmp_path: Path) -> None:
@@ -206,6 +278,7 @@ def test_another_autoencoder_is_refused(tmp_path: Path) -> None:
     (["--data.augment.crop_scale", "[0.2,1.0]"], "latents are encoded once"),
     (["--data.image_size", "7"], "7 is no multiple of the 2 pixels of a latent cell"),
     (["--data.autoencoder", "null"], "data.autoencoder: there is nothing to encode with"),
+    (["--data.autoencoder", "none"], "data.autoencoder: there is nothing to encode with"),
 ])  # fmt: skip
 def test_what_cannot_be_encoded_is_refused(tmp_path: Path, more: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -237,6 +310,46 @@ def test_latents_of_other_images_are_refused(
     options = [*IMAGES, "--data.autoencoder", cache / "autoencoder.ckpt", "--data.latents", cache / "latents"]
     outcome = command("fit", *options, option, value, config=DIGITS, study="diffusion")
     assert outcome.code == 2 and message in outcome.err, outcome.err
+
+
+def photos(parent: Path, shade: int, files: int = 3) -> ImageFolder:
+    """Grey photos that differ from those of another shade in their pixels alone, and in no file's size."""
+    for name in ("cat", "dog"):
+        folder = parent / "photos" / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(files):
+            Image.new("RGB", (8, 8), (shade, shade, number)).save(folder / f"{number}.png")
+    return ImageFolder(str(parent / "photos"))
+
+
+@pytest.mark.parametrize("there, here, message", [
+    (lambda _: Shapes(8, train=40), lambda _: Shapes(8, train=8),
+     "source.train: 40 there, 8 here; images: 40 there, 8 here"),
+    (lambda _: Shapes(8, train=8), lambda _: Shapes(8, train=8, seed=1), "source.seed: 0 there, 1 here"),
+    (lambda path: photos(path / "a", 100), lambda path: photos(path / "b", 101),
+     "files: [0-9a-f]+ there, [0-9a-f]+ here"),
+    (lambda path: photos(path / "a", 100), lambda path: photos(path / "b", 100, 2), "images: 6 there, 4 here"),
+])  # fmt: skip
+def test_latents_of_images_of_the_same_title_are_refused(
+    tmp_path: Path, there: Callable[[Path], Source], here: Callable[[Path], Source], message: str
+) -> None:
+    source = there(tmp_path)
+    written(source, tmp_path)
+    assert len(read(source, tmp_path)) in (40, 8, 6)
+    with pytest.raises(InputError, match=f"latents holds those of other images: {message}.*; name another folder"):
+        read(here(tmp_path), tmp_path)
+    with pytest.raises(InputError, match="holds latents of other images"):
+        written(here(tmp_path / "again"), tmp_path)
+
+
+def test_latents_are_those_of_the_same_images_elsewhere_and_of_images_that_are_not_at_hand(tmp_path: Path) -> None:
+    written(photos(tmp_path / "a", 100), tmp_path)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    source = ImageFolder(str(tmp_path / "b/photos"))
+    assert len(read(source, tmp_path)) == 6
+    for file in (tmp_path / "b").rglob("*.png"):
+        file.unlink()
+    assert source.class_names(tmp_path) == ["cat", "dog"] and len(read(source, tmp_path)) == 6
 
 
 def test_where_latents_come_from_makes_no_other_run(command: Callable, cache: Path) -> None:
