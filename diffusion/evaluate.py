@@ -22,7 +22,7 @@ from rich.text import Text
 
 from common.command import Parser, run_command
 from common.errors import InputError
-from common.training.run import write_atomically
+from common.files import write_atomically
 from diffusion.evaluation import as_json, evaluate, load_extractor
 from diffusion.features import INCEPTION_FILE, Extractor
 from diffusion.image_sets import ImageSet, open_images

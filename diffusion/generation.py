@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from common.errors import InputError
+from common.files import write_atomically
 from common.randomness import normal, uniform
 from common.training.module import Cost, Experiment
 from common.training.optim import Recipe
 from common.training.progress import within_batch_of
-from common.training.run import write_atomically
 from common.training.watchdog import pulse_of
 from diffusion.cost import activation_bytes, forward_flops
 from diffusion.dit import DiT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ from common.data.folders import SUFFIXES, decode, is_image
 from common.data.preparation import EvaluationPreparation
 from common.data.stored import fingerprint
 from common.errors import InputError
+from common.files import whole
 from diffusion.features import sha256
 from diffusion.metrics import Statistics
 
@@ -269,26 +269,21 @@ def write_npz(path: Path, images: int, batches: Iterable[Tensor], labels: Tensor
     """Writes uint8 batches (B, C, H, W), `images` in all, as ADM's evaluator reads them: `arr_0` (N, H, W, 3), and
     `arr_1`, the labels (N,). No more than a batch is held; the file appears when it is whole.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                written = 0
-                for batch in batches:
-                    assert batch.dtype == torch.uint8 and batch.ndim == 4, f"{batch.dtype}, {tuple(batch.shape)}"
-                    rows = batch.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-                    if not written:
-                        header = {"descr": "|u1", "fortran_order": False, "shape": (images, *rows.shape[1:])}
-                        np.lib.format.write_array_header_1_0(file, header)
-                    file.write(rows.data)
-                    written += len(rows)
-                assert written == images, f"{written} images were given, not {images}"
-            if labels is not None:
-                with archive.open("arr_1.npy", "w") as file:
-                    np.lib.format.write_array(file, labels.cpu().numpy())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as out, zipfile.ZipFile(out, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            written = 0
+            for batch in batches:
+                assert batch.dtype == torch.uint8 and batch.ndim == 4, f"{batch.dtype}, {tuple(batch.shape)}"
+                rows = batch.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                if not written:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (images, *rows.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(rows.data)
+                written += len(rows)
+            assert written == images, f"{written} images were given, not {images}"
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels.cpu().numpy())
 
 
 def pixels(size: tuple[int, ...]) -> str:

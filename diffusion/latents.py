@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from common.command import Parser, run_command
 from common.data import ImageData
 from common.data.loader import Draw
 from common.errors import InputError
-from common.training.run import write_atomically
+from common.files import whole, write_atomically
 from diffusion.latent_set import SPLITS, check, checksum, checksum_file, read_json, shard_files
 
 if TYPE_CHECKING:
@@ -100,12 +99,8 @@ def _save(path: Path, array: np.ndarray) -> None:
     np.save(content, array)
     data = content.getbuffer()
     for place, written in [(checksum_file(path), checksum(data)), (path, data)]:
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with whole(place) as file:
             file.write(written)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(place)
 
 
 def main(arguments: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from common.data.folders import decode
 from common.errors import InputError
-from common.training.run import write_atomically
+from common.files import whole, write_atomically
 from diffusion.image_sets import RECORD, read_record, to_uint8, write_npz
 from diffusion.sampling import SolverName, labels_of
 
@@ -145,13 +144,9 @@ class SampleFolder:
         from PIL import Image
 
         for number, image in zip(numbers, as_pixels(images).permute(0, 2, 3, 1).numpy(), strict=True):
-            temporary = self.file(number).with_suffix(".tmp")
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            with open(temporary, "wb") as file:
+            with whole(self.file(number)) as file:  # what is there is never generated again
                 picture.save(file, format="PNG")
-                file.flush()
-                os.fsync(file.fileno())  # what is there is never generated again
-            temporary.replace(self.file(number))
 
     def read(self, start: int, stop: int, channels: int) -> Tensor:
         """The samples of these numbers, uint8 (N, C, H, W)."""

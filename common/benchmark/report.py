@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from common.errors import InputError
+from common.files import write_atomically
 
 PACKAGES = ("torch", "timm", "lightning", "diffusers", "torch-fidelity")  # that figures depend on, or are beside
 
@@ -55,8 +56,6 @@ def publish(
     """Prints the tables of `python -m module arguments`, each as soon as it is there, and what they mean nothing
     without; writes the same as JSON to a file where one is named.
     """
-    from common.training.run import write_atomically  # with Lightning, which costs seconds
-
     head = list(circumstances(module, arguments, rounds))
     print(*head, sep="\n", flush=True)
     tables = []

@@ -14,12 +14,10 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from common.data.sets import AT_ONCE
 from common.data.sources import Source
 from common.data.stored import SHARD, Store, checksum_of, fingerprint, location, mapped, shapes_of, shard_file
 from common.errors import InputError
+from common.files import whole, write_atomically
 
 CROP = 28  # pixels of the crops that are compared, ImageNet's of the paper
 COMPARED = 256
@@ -47,11 +46,10 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
         raise InputError(f"{source.name}: its images are held in memory as they are; a store would save nothing")
     files, labels = source.read(root, "train")
     folder, started = location(source, root, size), {"files": fingerprint(files, labels), "size": size, "shard": SHARD}
-    folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "started.json"
     if begun.is_file() and json.loads(begun.read_text()) != started:
         raise InputError(f"{folder}: is a store of other images; remove it, or name another root")
-    _write_json(begun, started)
+    write_atomically(begun, json.dumps(started))
 
     parts = {number: files[number * SHARD :][:SHARD] for number in range(-(-len(files) // SHARD))}
     index = folder / "index.json"
@@ -63,7 +61,8 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
         for job in _finished(pool, jobs):
             checksums[jobs[job]], _ = job.result()
             _tell(len(checksums), len(parts), len(files))
-    _write_json(index, started | {"images": len(files), "checksums": [checksums[number] for number in parts]})
+    finished = started | {"images": len(files), "checksums": [checksums[number] for number in parts]}
+    write_atomically(index, json.dumps(finished))
     for number in parts:
         checksum_of(shard_file(folder, number)).unlink(missing_ok=True)
     return folder
@@ -123,25 +122,13 @@ def write_shard(
     checksum = _checksum(images, shapes)
     path.unlink(missing_ok=True)  # whatever ends the writing, no other pixels lie beside these shapes and checksum
     for place, array in [(shapes_of(path), shapes), (checksum_of(path), np.uint32(checksum)), (path, images)]:
-        _write(place, partial(np.save, arr=array))  # the pixels last: the shard is whole by then
+        with whole(place) as file:  # the pixels last: the shard is whole by then
+            np.save(file, array)
     return checksum, True
 
 
 def _checksum(images: np.ndarray, shapes: np.ndarray) -> int:
     return zlib.crc32(shapes, zlib.crc32(images))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, lambda out: out.write(json.dumps(content).encode()))
-
-
-def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as out:
-        put(out)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
 
 
 # How far its crops are from the files'

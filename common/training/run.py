@@ -22,6 +22,7 @@ import yaml
 
 from common.command import one_line
 from common.errors import InputError
+from common.files import write_atomically
 from common.identity import config_hash, covered, differing, flatten
 from common.runs import changed_source
 from common.training.curves import Curves
@@ -126,17 +127,6 @@ def discard(folder: Path) -> None:
             place.unlink()  # and not what it points to
         elif place.exists():
             shutil.rmtree(place)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)  # a full disk needs the room
-        raise OSError(f"{path} could not be written ({error.strerror})") from error
-    os.replace(temporary, path)
 
 
 class RunFolder(L.Callback):

@@ -123,7 +123,7 @@ def test_samples_are_functions_of_their_numbers(generation: Callable) -> None:
 
 def test_samples_are_on_the_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, replace = [], Path.replace
-    monkeypatch.setattr(samples.os, "fsync", lambda file: calls.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size))
     monkeypatch.setattr(Path, "replace", lambda path, to: calls.append(to.name) or replace(path, to))
     SampleFolder(tmp_path).write([0, 1], torch.rand(2, 3, 8, 8))
     sizes = [(tmp_path / name).stat().st_size for name in ("000000.png", "000001.png")]

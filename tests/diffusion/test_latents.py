@@ -156,7 +156,8 @@ def test_killed_at_any_moment_it_writes_the_same_files(tmp_path: Path, monkeypat
     done = len(list((folder / "train").glob("*.npy")))
     assert 1 <= done < 46
 
-    for half in (4, 3):  # of a shard, whose checksum is there, when one more is whole; then of a checksum
+    # After started.json: of a shard, whose checksum is there, when one more is whole; then of a checksum.
+    for half in (5, 4):
         process = start(folder, autoencoder, half)
         assert process.wait() == -signal.SIGKILL, process.stderr
         done += 1
@@ -256,7 +257,7 @@ def test_the_command_refuses_a_damaged_shard(
 
 def test_shards_are_on_the_disk_before_they_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, replace = [], Path.replace
-    monkeypatch.setattr(latents_room.os, "fsync", lambda file: calls.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size))
     monkeypatch.setattr(Path, "replace", lambda path, to: calls.append(to.name) or replace(path, to))
     latents_room._save(tmp_path / "00000.npy", np.arange(1000))
     assert calls == [8, "00000.crc32", (tmp_path / "00000.npy").stat().st_size, "00000.npy"]
