@@ -74,12 +74,12 @@ def write(path: Path, text: str) -> None:
 
 
 def draw_figure(comparison: Comparison, path: Path, title: str, metric: str | None = None) -> None:
-    """Draws the curves of the finished runs, and says which have none."""
+    """Draws the curves of the finished runs, and says what is missing of them."""
     if not comparison.groups:
         print("no figure: there is no finished run")
         return
-    without = draw(comparison.groups, path, title, metric)
-    print(f"written: {path}" + (f" (no curve of {', '.join(without)})" if without else ""))
+    missing = draw(comparison.groups, path, title, metric)
+    print(f"written: {path}" + (f" ({'; '.join(missing)})" if missing else ""))
 
 
 def _parser() -> Parser:

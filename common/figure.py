@@ -94,7 +94,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
         metric: the tag of the first panel; by default the first group's headline.
 
     Returns:
-        The labels of groups that have no such curve.
+        What is missing of it: groups without such a curve, runs whose curve ends before their result.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -135,7 +135,23 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
                       title="mean ± standard deviation (seeds)" if averaged else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    return [group.label for group, runs in zip(groups, curves, strict=True) if not any(run[metric] for run in runs)]
+    missing = []
+    for group, of_runs in zip(groups, curves, strict=True):
+        there = [(run, curve) for run, of_tags in zip(group.runs, of_runs, strict=True) if (curve := of_tags[metric])]
+        missing += [] if there else [f"no curve of {group.label}"]
+        missing += [f"the curve of {run.name} ends before its result: its event file is damaged, or parts are missing"
+                    for run, curve in there if _broken_off(run, metric, curve, _axis(run, in_images))]
+    return missing
+
+
+def _broken_off(run: Run, tag: str, curve: Curve, x: Callable[[int], float]) -> bool:
+    """Of a validation's metric, of which the last point is the run's result. TensorBoard reads a damaged file up to the
+    damage, and says nothing.
+    """
+    step, batch = run.results.get("step"), run.results.get("batch_size")
+    if not (tag.startswith("val/") and tag in run.results["metrics"] and step and batch):
+        return False
+    return max(curve) < x(step * batch if run.results.get("x_axis") == "images" else step)
 
 
 def _axis(run: Run, in_images: bool) -> Callable[[int], float]:

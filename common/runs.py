@@ -18,8 +18,8 @@ from common.identity import arm_hash, covered
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 _NEEDED = {"status": str, "metrics": dict, "seed": int}
-_TYPED = {"train_seconds": int | float, "parameters": int, "batch_size": int, "patch_size": int, "headline": str,
-          "versions": dict, "evaluation": dict, "init_from": dict}  # of these null is as good as none
+_TYPED = {"train_seconds": int | float, "parameters": int, "step": int, "batch_size": int, "patch_size": int,
+          "headline": str, "versions": dict, "evaluation": dict, "init_from": dict}  # of these null is as good as none
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.advice import quieten
 from common.command import Parser, run_command
 from common.errors import InputError
 from common.paper.exhibits import STUDIES, Start, read_exhibits, runs_of
@@ -36,7 +37,7 @@ def resources(options: argparse.Namespace) -> list[str]:
 
 def training(study: str, words: list[str], options: argparse.Namespace) -> Iterator[tuple[list[str], str]]:
     """The one job of a study's command, checked before it waits in a queue: sbatch's words, and what they are for."""
-    from common.training.cli import StudyCLI, quieten  # Lightning takes seconds
+    from common.training.cli import StudyCLI  # Lightning takes seconds
 
     quieten()
     if not words:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import Dataset
 
+from common.advice import quieten
 from common.benchmark.device import FAST, PLAIN, add_device, autocast, parsed, prepare_device, start_afresh
 from common.benchmark.interleaving import interleaved, raced, ratios, timed
 from common.benchmark.report import Section, check_counts, publish
@@ -41,7 +42,7 @@ from common.benchmark.trainer_cost import fit, without_lightning
 from common.command import Parser, run_command
 from common.data.loader import Draw, GlobalBatchData
 from common.device import has_bf16
-from common.training.cli import StudyCLI, quieten
+from common.training.cli import StudyCLI
 from common.training.compilation import compile_blocks
 from diffusion import latents
 from diffusion.dit import DiT

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from common.advice import quieten
 from common.command import Parser, run_command
 from common.data import ImageData
 from common.data.loader import Draw
@@ -38,7 +39,7 @@ def images_of(arguments: list[str]) -> tuple[LatentData, bool]:
     Raises:
         InputError: an augmentation that no cache can hold, or no autoencoder.
     """
-    from common.training.cli import StudyCLI, quieten  # costs seconds, which `--help` need not wait for
+    from common.training.cli import StudyCLI  # costs seconds, which `--help` need not wait for
 
     quieten()
     cli = StudyCLI("diffusion", ["fit", *arguments], run=False)

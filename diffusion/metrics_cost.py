@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.advice import quieten
 from common.attention.__main__ import examine
 from common.benchmark.growth import clocked
 from common.benchmark.interleaving import interleaved, ratios
-from common.benchmark.report import quieten_lightning
 from common.data import ImageData, Shapes
 from common.model import VisionTransformer
 from common.training.module import Experiment
@@ -165,7 +165,7 @@ def _collected(images: int, features: int) -> Tensor:
 
 def attend(size: str, side: int, images: int) -> float:
     """Seconds that common.attention takes over a model with random weights whose tokens are the pixels of shapes."""
-    quieten_lightning()
+    quieten()
     data = ImageData(Shapes(side), side, batch_size=BATCH)
     data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     data.trainer.seed, data.trainer.datamodule = 0, data

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.advice import quieten
 from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file, save
@@ -32,7 +33,7 @@ def shape_of(folder: Path) -> str:
 
 def sampled(folder: Path, samples: int, overrides: list[str]) -> Generation:
     """The model of a run folder, once its samples are there."""
-    from common.training.cli import StudyCLI, quieten
+    from common.training.cli import StudyCLI
 
     quieten()
     # A path such as runs/diffusion/NAME, which is how the command line finds it again.

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.advice import quieten
 from common.benchmark.interleaving import interleaved, ratios, timed
-from common.benchmark.report import check_counts, circumstances, quieten_lightning, table
+from common.benchmark.report import check_counts, circumstances, table
 from common.command import Parser, run_command
 from common.data.crop import fit_one
 from common.data.folders import is_image
@@ -112,7 +113,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     check_counts(options, batch=1, rounds=1)
     images = photographs(options.images)
-    quieten_lightning()
+    quieten()
     print("\n".join(circumstances("locality_ablation.benchmark", arguments, options.rounds)))
     print("\nA training step of ViT-S/16 at 224 pixels\n")
     columns = ("intact, ms", "permuted, ms", "ratio (quartiles)", "permutation alone, ms", "of a step")

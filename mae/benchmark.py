@@ -19,10 +19,11 @@ from functools import partial
 
 import torch
 
+from common.advice import quieten
 from common.benchmark.device import FAST, PLAIN, add_device, prepare_device
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.benchmark.memory import kept_bytes
-from common.benchmark.report import Section, check_counts, publish, quieten_lightning
+from common.benchmark.report import Section, check_counts, publish
 from common.command import Parser, run_command
 from mae.cost import activation_bytes, forward_flops
 from mae.model import MaskedAutoencoder
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
     prepare_device(options, ["peers"])
     check_counts(options, patch_size=1, image=1, batch=1, rounds=1, threads=1)
     torch.set_num_threads(options.threads)
-    quieten_lightning()
+    quieten()
     publish("mae.benchmark", arguments, options.rounds, sections(options), options.json)
     return 0
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor
 
+from common.advice import quieten
 from common.command import Parser, run_command
 from common.compare import write
 from common.errors import InputError
@@ -285,10 +286,7 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--measures {options.measures}: holds what runs are measured by; name a RUN_FOLDER too")
     if options.figure:
         check_file(options.figure)
-    if options.folders:
-        from common.training.cli import quieten
-
-        quieten()
+    quieten()
     names = [folder.resolve().name for folder in options.folders]
     read = [read_decisions(file) for file in options.decisions]
     given = [*names, *(subject for each in read for subject in each)]

@@ -289,6 +289,22 @@ def test_every_name_has_its_place_in_the_legend(make_run, tmp_path):
     assert not any(label.startswith("_") for label in legends[0])
 
 
+def test_a_damaged_event_file_is_said(two_arms, make_run, tmp_path, capsys):
+    """TensorBoard reads up to the damage, without a word."""
+    folders = [*two_arms[2:], make_run("in-images", 90.0, 3, x_axis="images"), make_run("bare", 90.0, patch=4)]
+    for folder in folders[:-1]:
+        batch = 128 if folder.name == "in-images" else 1
+        log(folder, 1000, "val/acc1", {9 * batch: 50.0, 90 * batch: 90.0})
+    [file] = folders[1].glob("events.out.tfevents.*")
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1  # within the last point
+    file.write_bytes(content)
+    draw_figure(Comparison(find_runs(folders)), tmp_path / "curves.png", "four arms")
+    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("written: ")]
+    assert said.endswith(f" (the curve of {folders[1].name} ends before its result: its event file is damaged, or "
+                         "parts are missing; no curve of bare)")
+
+
 def test_metrics_of_two_studies_share_a_table(two_arms, make_run):
     depth = make_run("depth", 0, patch=1, dataset="rooms", metrics={"val/rmse": 0.5}, headline="val/rmse",
                      higher_is_better=False)

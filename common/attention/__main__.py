@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from common.advice import quieten
 from common.attention.figures import GROUPS, by_layer_and_head, in_colours, layers_of, over_images
 from common.attention.measures import AttentionMeasures, Measures
 from common.command import Parser, run_command
@@ -25,7 +26,6 @@ from common.compare import write
 from common.errors import InputError
 from common.figure import check_file, save
 from common.model import VisionTransformer
-from common.training.cli import quieten
 from common.training.module import Experiment
 from common.training.progress import told
 from common.training.trained import Trained, evaluation_batches, evaluation_set, evenly_spaced, load

@@ -36,8 +36,9 @@ from pathlib import Path
 
 import torch
 
+from common.advice import quieten
 from common.benchmark.device import add_device, parsed, prepare_device
-from common.benchmark.report import Section, check_counts, publish, quieten_lightning
+from common.benchmark.report import Section, check_counts, publish
 from common.command import Parser, run_command
 from common.errors import InputError
 from common.figure import check_file
@@ -176,7 +177,7 @@ def main(arguments: list[str]) -> int:
 
         return gpu.run()
     torch.set_num_threads(options.threads)
-    quieten_lightning()
+    quieten()
     publish("common.benchmark", arguments, options.rounds, sections(options), options.json)
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,12 +73,6 @@ def _number(cell: str) -> float | str:
         return float(cell.replace(",", ""))
     except ValueError:
         return cell
-
-
-def quieten_lightning() -> None:
-    """Silences the tips that Lightning gives at each of many short runs."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def check_counts(options: argparse.Namespace, **least: int) -> None:

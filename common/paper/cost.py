@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.advice import quieten
 from common.command import run_command
 from common.paper.exhibits import ROOT, Start, read_exhibits
 
@@ -124,7 +125,6 @@ def with_extended(config: Path) -> Iterator[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    from common.training.cli import quieten
 
     quieten()
     starts = {_key(start): start for exhibit in read_exhibits().values() for scale in exhibit.scales.values()

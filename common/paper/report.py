@@ -41,7 +41,7 @@ def report(exhibits: Sequence[Exhibit], scale: str | None) -> None:
     for exhibit in exhibits:
         there = [Section(exhibit, each) for name, each in exhibit.scales.items() if scale in (None, name)]
         there = [section for section in there if section.shows_anything()]
-        lines += [f"| [{exhibit.id}](#{_anchor(section)}) | {section.scale.name} | "
+        lines += [f"| [{exhibit.id}](#{_anchor(_heading(section))}) | {section.scale.name} | "
                   f"{section.scale.shows or exhibit.shows} | {section.progress()} |" for section in there]
         if not there:
             lines.append(f"| {exhibit.id} | {', '.join(exhibit.scales)} | {exhibit.shows} | none yet |")
@@ -49,8 +49,7 @@ def report(exhibits: Sequence[Exhibit], scale: str | None) -> None:
     lines += ["", NOTE]
     for section in sections:
         section.draw()
-        lines += ["", f'<a id="{_anchor(section)}"></a>', "", f"## {section.title} ({section.scale.name})", "",
-                  section.markdown(FOLDER)]
+        lines += ["", f"## {_heading(section)}", "", section.markdown(FOLDER)]
     text = "\n".join(lines) + "\n"
     name = exhibits[0].id if len(exhibits) == 1 else "report"
     write(FOLDER / f"{name}.md", text)
@@ -59,9 +58,15 @@ def report(exhibits: Sequence[Exhibit], scale: str | None) -> None:
 
 def page(text: str, folder: Path) -> str:
     """Markdown as one HTML page that needs no other file: pictures of `folder` are inside it."""
-    import markdown as renderer
+    from markdown import Markdown
+    from markdown.extensions.toc import TocExtension
 
-    body = renderer.markdown(text, extensions=["tables", "sane_lists"])
+    headings = TocExtension(marker="", slugify=lambda heading, _: _anchor(heading))
+    renderer = Markdown(extensions=["tables", "sane_lists", headings])
+    # What a run has left in its folder is text, and no HTML.
+    renderer.preprocessors.deregister("html_block")
+    renderer.inlinePatterns.deregister("html")
+    body = renderer.convert(text)
 
     def inside(link: re.Match) -> str:
         data = base64.b64encode((folder / html.unescape(link[1])).read_bytes()).decode()
@@ -72,5 +77,10 @@ def page(text: str, folder: Path) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
-def _anchor(section: Section) -> str:
-    return f"{section.exhibit.id}-{section.scale.name}"
+def _heading(section: Section) -> str:
+    return f"{section.title} ({section.scale.name})"
+
+
+def _anchor(heading: str) -> str:
+    """The name that viewers of Markdown give to a heading, which the page gives it too."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
-import logging
 import os
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from common.advice import quieten
 from common.command import run_command
 from common.data.loader import GlobalBatchData, end_loaders
 from common.device import accelerator
@@ -386,23 +385,3 @@ def main(study: str) -> None:
 
     quieten()
     run_command(command)
-
-
-def quieten() -> None:
-    """Lightning's advice that does not apply here; every other warning is shown."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*`srun` command is available.*",  # where Slurm is installed, a run outside it is no mistake
-        ".*does not have many workers.*",  # resident data need none
-        ".*dataloader is not resumable.*",  # the order reads its position from the restored progress
-        ".*is smaller than the logging interval.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        ".*Found .* module.* in eval mode at the start of training.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*sync_dist=True.*",  # torchmetrics has reduced them
-        ".*custom batch sampler.*for prediction.*",  # which leaves out nothing, as Lightning's own would
-        ".*predict returned None.*",  # predictions are written, not returned
-    ):
-        warnings.filterwarnings("ignore", message)

@@ -22,21 +22,22 @@ def test_a_report_shows_what_runs_left_and_averages_finished_ones_alone(study, c
     change("tiny_set-p1-s2", status="running", epoch=0)
     Path("runs/supervised/tiny_set-p2-s2/results.json").write_text("{")
     for seed in (0, 1):
-        change(f"tiny_set-p1-s{seed}", hardware="an abacus", commit="abc1234", train_seconds=60)
+        change(f"tiny_set-p1-s{seed}", hardware="an <abacus>", commit="abc1234", train_seconds=60)
     report([exhibit], "demo")
     text = Path("runs/paper/X1.md").read_text()
     states = "1 another config, 3 finished, 1 unfinished, 1 unreadable"
-    assert f"| [X1](#X1-demo) | demo | one against two | {states} |" in text
+    assert f"| [X1](#x1-one-against-two-demo) | demo | one against two | {states} |" in text
     assert "| S/2 | unknown | 92.00 (1) |" in text and "| S/1 | unknown | 94.50 ± 0.71 (2) |" in text
     assert "| S/1 - S/2 | +1.5 † | +2.00 (n = 1) |" in text  # seed 0 alone is in both
     assert "- † the paper's number is of its own data and budget, not of this scale's\n" in text
     for line in ("S/2, seed 1: another config, not averaged in", "S/1, seed 2: unfinished, not averaged in",
-                 "S/2, seed 2: unreadable, not averaged in", "hardware: unknown; an abacus", "commit: unknown; abc1234",
-                 "paper: unknown: both values"):
+                 "S/2, seed 2: unreadable, not averaged in", "hardware: unknown; an <abacus>",
+                 "commit: unknown; abc1234", "paper: unknown: both values"):
         assert f"- {line}\n" in text, line
     page = Path("runs/paper/X1.html").read_text()
     assert 'src="data:image/png;base64,' in page and 'src="X1' not in page and "<td" in page
-    assert "94.50 ± 0.71 (2)" in page and '<a href="#X1-demo">' in page and 'id="X1-demo"' in page
+    assert "94.50 ± 0.71 (2)" in page and "unknown; an &lt;abacus&gt;" in page
+    assert '<a href="#x1-one-against-two-demo">' in page and '<h2 id="x1-one-against-two-demo">' in page
 
 
 def test_arms_of_another_budget_are_marked(study):
