@@ -125,7 +125,6 @@ def with_extended(config: Path) -> Iterator[Path]:
 
 
 def main(arguments: list[str]) -> int:
-
     quieten()
     starts = {_key(start): start for exhibit in read_exhibits().values() for scale in exhibit.scales.values()
               for start in scale.starts(1)}

@@ -22,7 +22,7 @@
           differences: {a - b: T/1 - T/2} # of this scale's own arms, and the paper's that they stand for
           metric: ...                     # in place of the one above, as are draws and prints
 
-Two keys of an arm are no overrides:
+Three keys of an arm are no overrides:
 
       arms:
         scratch: {config: supervised/*}   # STUDY/NAME, * being the scale's config; this study's own where left out
@@ -31,11 +31,12 @@ Two keys of an arm are no overrides:
         fine-tuned:
           config: mae/*_finetune          # mae/configs/cifar100_finetune.yaml at scale paper
           runs: {init_from: pre-training} # options that name run folders of arms above this one, of the same seed
+        unguided: {again: guided, model.predict.guidance: 1}   # a copy of an arm above, tested otherwise
 
-An arm that others use is a step on the way: it is trained like any other, and is not compared. Where the metric is one
-of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a command of its
-own, which is given the compared arms' run folders. It measures what no run has in its folder: a metric without a /,
-such as shape_bias.
+An arm that others use in `runs` is a step on the way: it is trained like any other, and is not compared. Where the
+metric is one of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a
+command of its own, which is given the compared arms' run folders. It measures what no run has in its folder: a metric
+without a /, such as shape_bias.
 
       draws: diffusion.side_by_side --model.predict.guidance 4.0
 
@@ -52,7 +53,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.errors import InputError
-from common.identity import covered, flatten
+from common.identity import AFTERWARDS, covered, flatten
 
 if TYPE_CHECKING:
     from common.training.cli import StudyCLI
@@ -79,13 +80,18 @@ _SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "pri
 
 @dataclass(frozen=True)
 class Arm:
-    """A config of a study with overrides; `runs` are options that name other arms' run folders: option -> arm."""
+    """A config of a study with overrides; `runs` are options that name other arms' run folders: option -> arm.
+
+    Args:
+        again: the arm that this one is a copy of, to be tested by other options.
+    """
 
     name: str
     study: str
     config: Path
     overrides: Mapping[str, Any]
     runs: Mapping[str, str]
+    again: str | None = None
 
     def seed(self, seed: int) -> int:
         """The one that it is trained with where others are trained with `seed`."""
@@ -187,8 +193,8 @@ class Scale:
 
     @property
     def sources(self) -> set[str]:
-        """The names of arms that others use."""
-        return {name for arm in self.arms for name in arm.runs.values()}
+        """The names of arms that are there for others to use."""
+        return {name for arm in self.arms for name in arm.runs.values() if name != arm.again}
 
     def starts(self, seeds: int | None = None) -> list[Start]:
         """All runs, seed by seed, so that every arm has a first result early; what a run uses stands before it."""
@@ -318,15 +324,17 @@ def _scale(
     for arm, entry in content.get("arms", arms).items():
         place = f"{above}.arms.{arm}"
         own = dict(_mapping(entry, place, empty=True))
+        again = own.pop("again", None)
+        if again is not None:
+            made[str(arm)] = _again(made, str(arm), again, own, place)
+            continue
         given, uses = own.pop("config", None), own.pop("runs", {})
         if given is None:
             of, config = _config(path, f"{study}/*", content["config"], f"{where}.config: {content['config']}")
         else:
             of, config = _config(path, given, content["config"], f"{place}.config: {given}")
         for option, source in _mapping(uses, f"{place}.runs").items():
-            if str(source) not in made:
-                known = ", ".join(made) or "none"
-                raise InputError(f"{place}.runs.{option}: {source} is no arm above this one; there is {known}")
+            _above(made, source, f"{place}.runs.{option}")
         made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own},
                              {option: str(source) for option, source in uses.items()})
     if not made and training:
@@ -340,6 +348,22 @@ def _scale(
     columns = metrics if training and isinstance(content["metric"], list) else ()
     return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
                  differences, **made_by)
+
+
+def _again(made: Mapping[str, Arm], name: str, of: Any, overrides: dict[str, Any], where: str) -> Arm:
+    source = _above(made, of, f"{where}.again")
+    trained = [key for key in overrides if not key.startswith(AFTERWARDS)]
+    if trained or not overrides:
+        raise InputError(f"{where}.{trained[0] if trained else 'again'}: {of} is tested otherwise, not trained; give "
+                         f"options that begin with {' or '.join(AFTERWARDS)}")
+    return replace(source, name=name, overrides={**source.overrides, **overrides},
+                   runs={**source.runs, "continue_from": source.name}, again=source.name)
+
+
+def _above(made: Mapping[str, Arm], name: Any, where: str) -> Arm:
+    if str(name) not in made:
+        raise InputError(f"{where}: {name} is no arm above this one; there is {', '.join(made) or 'none'}")
+    return made[str(name)]
 
 
 def _metrics(given: Any, where: str) -> tuple[str, ...]:

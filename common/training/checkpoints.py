@@ -99,7 +99,7 @@ class Checkpoints(Checkpoint):
             for name in [BEST] * better + [f"epoch={epochs}.ckpt"] * (epochs in self.milestones):
                 if trainer.is_global_zero:
                     trainer.strategy.checkpoint_io.check()  # the folder may be another's since it was saved
-                    _link(folder_of(trainer) / LAST, folder_of(trainer) / name)
+                    link(folder_of(trainer) / LAST, folder_of(trainer) / name)
 
     def _improved(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         every = trainer.check_val_every_n_epoch
@@ -136,7 +136,9 @@ def folder_of(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """The same content under another name, whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:

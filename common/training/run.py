@@ -25,6 +25,7 @@ from common.errors import InputError
 from common.files import write_atomically
 from common.identity import config_hash, covered, differing, flatten
 from common.runs import changed_source
+from common.training.checkpoints import LAST, link
 from common.training.curves import Curves
 from common.training.recipe import effective_recipe, print_recipe
 from common.training.scores import print_scores
@@ -186,9 +187,12 @@ class RunFolder(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
         # Not before the first batch went through: a start that failed must not block the corrected command.
         if trainer.is_global_zero and not self._config_written:
-            self._config_written = True
-            write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+            self._write_config()
             self._write(trainer, "running")
+
+    def _write_config(self) -> None:
+        self._config_written = True
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -205,9 +209,12 @@ class RunFolder(L.Callback):
         self._write(trainer, "running", epoch=trainer.current_epoch + 1)  # Lightning counts it after this hook
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not self.results:  # killed between its last checkpoint and here
+        if trainer.is_global_zero and not self.results:  # nothing was left to train
             self.results = {"recipe": effective_recipe(trainer, module, trainer.datamodule),
                             **self._identity(trainer, module)}
+            if not self._config_written:  # a copy of another run; else one killed between its last checkpoint and here
+                link(Path(trainer.ckpt_path), self.folder / "checkpoints" / LAST)
+                self._write_config()
         self._write(trainer, "finished" if trainer.finished else "running")
         score = self.metrics.get(f"val/{module.headline}")
         if trainer.is_global_zero and trainer.finished:

@@ -233,6 +233,31 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
     assert not folder.parent.exists()
 
 
+def test_a_copy_of_a_run_is_tested_otherwise(generation: Callable, command: Callable, tmp_path: Path) -> None:
+    """Whose scores then stand beside the run's own, whose schedule need not be constant."""
+    assert command("fit", "--run_name", "judge").code == 0
+    assert generation("fit").code == 0
+    options = ["--model.predict.steps", "3", "--model.predict.samples", "40", "--model.evaluation.extractor",
+               "runs/supervised/judge"]  # fmt: skip
+    assert generation("test", *options).code == 0
+    own = results(tmp_path)
+    copy = ["--run_name", "b", "--continue_from", "runs/diffusion/a"]
+    outcome = generation("fit", *copy)
+    assert outcome.code == 2 and "trainer.max_epochs: 2 is no more than the 2 of runs/diffusion/a" in outcome.err
+    for subcommand in ("fit", "test", "fit"):
+        outcome = generation(subcommand, *options, *copy, "--model.predict.guidance", "1")
+        assert outcome.code == 0, outcome.err
+    there, copied = tmp_path / "runs/diffusion/a", tmp_path / "runs/diffusion/b"
+    assert results(tmp_path) == own
+    assert all(torch.equal(value, weights(there)[name]) for name, value in weights(copied).items())
+    judged = json.loads((copied / "results.json").read_text())
+    assert (judged["status"], judged["step"], judged["epoch"]) == ("finished", 18, 2)
+    assert (own["evaluation"]["guidance"], judged["evaluation"]["guidance"]) == (1.5, 1.0)
+    trained = {tag for tag in own["metrics"] if tag.startswith(("val/", "best/"))}
+    assert trained and {tag: judged["metrics"][tag] for tag in trained} == {tag: own["metrics"][tag] for tag in trained}
+    assert judged["metrics"]["test/fd_judge"] != own["metrics"]["test/fd_judge"]
+
+
 def test_two_processes_sample_and_judge_as_one(generation: Callable, command: Callable, tmp_path: Path) -> None:
     """40 samples, some of which are there before; in one batch, so that one process is left without any to judge."""
     assert command("fit", "--run_name", "judge").code == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from forked import ROOT
 
+from common.paper.cost import price
 from common.paper.exhibits import read_exhibits
 from common.paper.listing import show
 
@@ -76,11 +77,16 @@ def test_diffusion_exhibits():
     """T6 goes on from the runs of T5, which F3 draws; all of the demo's are of one autoencoder and one classifier."""
     exhibits = read_exhibits()
     assert {name: exhibits[name].values for name in DIFFUSION_IDS} == {
-        "T5": {}, "T6": {"L/1": 2.68, "L/2": 2.89}, "F3": {}}
+        "T5": {"L/2 unguided": 8.90}, "T6": {"L/1": 2.68, "L/2": 2.89}, "F3": {}}
     for scale, compared in [("demo", ["nano/2", "nano/1"]), ("gpu", ["T/2", "T/1"]), ("paper", ["L/2", "L/1"])]:
         arms = {name: {start.arm.name: start for start in exhibits[name].scale(scale).compared()}
                 for name in DIFFUSION_IDS}
+        unguided = arms["T5"].pop("L/2 unguided", None)
         assert all(list(arms[name]) == compared for name in DIFFUSION_IDS)
+        if scale == "paper":
+            assert unguided.sampling == arms["T5"]["L/2"].sampling | {"guidance": 1}
+            assert unguided.sources["continue_from"].shown("fit") == arms["T5"]["L/2"].shown("fit")
+            assert price(unguided)._replace(test_flops=0).flops == 0
         for arm, start in arms["T5"].items():
             assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
             before = arms["T6"][arm].sources["continue_from"]
