@@ -1,4 +1,4 @@
-"""What Lightning advises, and does not apply here."""
+"""Lightning's advice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quieten() -> None:
-    """Lightning's advice that does not apply here; every other warning is shown."""
+    """Silences what does not apply here; every other warning is shown."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

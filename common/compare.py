@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -42,9 +43,14 @@ def markdown(comparison: Comparison) -> str:
     """The table in Markdown; the best value of each metric is bold."""
     header = comparison.header()
     lines = [_line(header), _line(["---"] * 3 + ["---:"] * (len(header) - 3))]
-    lines += [_line(f"**{cell.text}**" if cell.best else cell.text.replace("|", "\\|") for cell in row)
+    lines += [_line(f"**{cell.text}**" if cell.best else literal(cell.text) for cell in row)
               for row in comparison.rows()]
-    return "\n".join([*lines, "", *(f"{note}  " for note in comparison.notes())]) + "\n"
+    return "\n".join([*lines, "", *(f"{literal(note)}  " for note in comparison.notes())]) + "\n"
+
+
+def literal(text: str) -> str:
+    """What a run has left in its folder, as Markdown and HTML show it: no markup, whatever it looks like."""
+    return re.sub(r"[*`|]|(?<=\])\(", r"\\\g<0>", text).replace("<", "&lt;")
 
 
 def _line(cells) -> str:
@@ -74,12 +80,12 @@ def write(path: Path, text: str) -> None:
 
 
 def draw_figure(comparison: Comparison, path: Path, title: str, metric: str | None = None) -> None:
-    """Draws the curves of the finished runs, and says what is missing of them."""
+    """Draws the curves of the finished runs, and says which have none."""
     if not comparison.groups:
         print("no figure: there is no finished run")
         return
-    missing = draw(comparison.groups, path, title, metric)
-    print(f"written: {path}" + (f" ({'; '.join(missing)})" if missing else ""))
+    without = draw(comparison.groups, path, title, metric)
+    print(f"written: {path}" + (f" (no curve of {', '.join(without)})" if without else ""))
 
 
 def _parser() -> Parser:

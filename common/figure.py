@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from common.runs import Group, Run, digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from tensorboard.compat.proto.event_pb2 import Event
 
 # Okabe and Ito's palette without black and yellow: told apart by colour-blind readers, and dark enough on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -49,15 +52,30 @@ def read_curves(folder: Path, tags: Sequence[str], x: Callable[[int], float] = f
     Args:
         x: where a point goes, of what it was logged at.
     """
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
     curves: dict[str, Curve] = {tag: {} for tag in tags}
     for file in sorted(folder.glob("events.out.tfevents.*"), key=_started):
-        events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
-        for tag in set(tags) & set(events.Tags()["scalars"]):
-            curves[tag] |= {x(event.step): event.value for event in events.Scalars(tag)
-                            if math.isfinite(event.value)}  # HPARAMS starts each headline metric as NaN
+        for event in _events(file):
+            for value in event.summary.value:  # HPARAMS starts each headline metric as NaN
+                if value.tag in curves and value.HasField("simple_value") and math.isfinite(value.simple_value):
+                    curves[value.tag][x(event.step)] = value.simple_value
     return {tag: dict(sorted(curve.items())) for tag, curve in curves.items()}
+
+
+def _events(file: Path) -> Iterator[Event]:
+    """All up to a damage, which is said: TensorBoard's own readers end there without a word."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    reader = PyRecordReader_New(str(file))
+    with suppress(OutOfRangeError):
+        while True:
+            try:
+                reader.GetNext()
+            except DataLossError:
+                print(f"{file}: damaged or cut off; what it holds behind that is in no curve", file=sys.stderr)
+                return
+            yield Event.FromString(reader.record())
 
 
 def _started(file: Path) -> tuple[float, float]:
@@ -94,7 +112,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
         metric: the tag of the first panel; by default the first group's headline.
 
     Returns:
-        What is missing of it: groups without such a curve, runs whose curve ends before their result.
+        The labels of groups that have no such curve.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -135,23 +153,7 @@ def draw(groups: Sequence[Group], path: Path, title: str, metric: str | None = N
                       title="mean ± standard deviation (seeds)" if averaged else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    missing = []
-    for group, of_runs in zip(groups, curves, strict=True):
-        there = [(run, curve) for run, of_tags in zip(group.runs, of_runs, strict=True) if (curve := of_tags[metric])]
-        missing += [] if there else [f"no curve of {group.label}"]
-        missing += [f"the curve of {run.name} ends before its result: its event file is damaged, or parts are missing"
-                    for run, curve in there if _broken_off(run, metric, curve, _axis(run, in_images))]
-    return missing
-
-
-def _broken_off(run: Run, tag: str, curve: Curve, x: Callable[[int], float]) -> bool:
-    """Of a validation's metric, of which the last point is the run's result. TensorBoard reads a damaged file up to the
-    damage, and says nothing.
-    """
-    step, batch = run.results.get("step"), run.results.get("batch_size")
-    if not (tag.startswith("val/") and tag in run.results["metrics"] and step and batch):
-        return False
-    return max(curve) < x(step * batch if run.results.get("x_axis") == "images" else step)
+    return [group.label for group, runs in zip(groups, curves, strict=True) if not any(run[metric] for run in runs)]
 
 
 def _axis(run: Run, in_images: bool) -> Callable[[int], float]:

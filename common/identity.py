@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 # Devices, nodes, workers, logging and paths do not belong to it.
-COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from")
+COVERED = ("model.", "data.", "seed_everything", "init_from", "continue_from", "copy_of")
 COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches",
                    "overfit_batches", "callbacks")
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
                "data.max_unreadable", "data.on_device", "data.latents", "model.picture_epochs", "model.picture_steps",
                "model.checkpoint_blocks")
-RUNS = ("init_from", "continue_from", "data.autoencoder")  # whose values may be run folders
-# Options of what is done with a trained run, which answers to all of them.
+RUNS = ("init_from", "continue_from", "copy_of", "data.autoencoder")  # whose values may be run folders
+# Options of what is done with a trained run, which answers to all of them; a copy of a run answers to its own alone.
 AFTERWARDS = ("model.predict.", "model.evaluation.")
 
 
@@ -37,9 +37,10 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 def covered(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that its results depend on, flattened; what is unset is left out."""
     trainer = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
+    left_out = () if config.get("copy_of") else AFTERWARDS
     return {key: value for key, value in flatten(config).items()
             if value is not None and (key.startswith(COVERED) or key in trainer)
-            and key not in NOT_COVERED and not key.startswith(AFTERWARDS)}
+            and key not in NOT_COVERED and not key.startswith(left_out)}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -18,8 +18,9 @@ from common.identity import arm_hash, covered
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 _NEEDED = {"status": str, "metrics": dict, "seed": int}
+# Of these null is as good as none.
 _TYPED = {"train_seconds": int | float, "parameters": int, "step": int, "batch_size": int, "patch_size": int,
-          "headline": str, "versions": dict, "evaluation": dict, "init_from": dict}  # of these null is as good as none
+          "headline": str, "versions": dict, "evaluation": dict, "init_from": dict, "copy_of": dict}
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,12 @@ def trained(source: str | Path) -> dict[str, Any] | None:
 
 
 def changed_source(results: dict[str, Any]) -> str | None:
-    """The run whose weights a run started from, if that has been trained otherwise or further since."""
-    record = results.get("init_from", {})
-    then, now = record.get("trained"), trained(record.get("source", ""))
-    return record["source"] if then and now and then != now else None
+    """The run whose weights a run started from or has, if that has been trained otherwise or further since."""
+    for record in (results.get("init_from") or {}, results.get("copy_of") or {}):
+        then, now = record.get("trained"), trained(record.get("source", ""))
+        if then and now and then != now:
+            return record["source"]
+    return None
 
 
 def group_runs(

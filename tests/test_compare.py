@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown import markdown as render
 from scipy.stats import ttest_rel
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -289,20 +290,29 @@ def test_every_name_has_its_place_in_the_legend(make_run, tmp_path):
     assert not any(label.startswith("_") for label in legends[0])
 
 
-def test_a_damaged_event_file_is_said(two_arms, make_run, tmp_path, capsys):
-    """TensorBoard reads up to the damage, without a word."""
-    folders = [*two_arms[2:], make_run("in-images", 90.0, 3, x_axis="images"), make_run("bare", 90.0, patch=4)]
-    for folder in folders[:-1]:
-        batch = 128 if folder.name == "in-images" else 1
-        log(folder, 1000, "val/acc1", {9 * batch: 50.0, 90 * batch: 90.0})
-    [file] = folders[1].glob("events.out.tfevents.*")
-    content = bytearray(file.read_bytes())
-    content[-10] ^= 1  # within the last point
-    file.write_bytes(content)
-    draw_figure(Comparison(find_runs(folders)), tmp_path / "curves.png", "four arms")
-    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("written: ")]
-    assert said.endswith(f" (the curve of {folders[1].name} ends before its result: its event file is damaged, or "
-                         "parts are missing; no curve of bare)")
+def test_what_a_damaged_event_file_held_is_missed(make_run, capsys):
+    """TensorBoard reads up to the damage, without a word; here of the first of two starts."""
+    folder = make_run("run", 90.0)
+    log(folder, 1000, "val/acc1", {10: 1.0, 20: 2.0, 30: 3.0})
+    log(folder, 2000, "val/acc1", {40: 4.0})
+    first = folder / "events.out.tfevents.1000.host.1.0"
+    whole = first.read_bytes()
+    assert list(read_curves(folder, ["val/acc1"])["val/acc1"]) == [10, 20, 30, 40]
+    assert capsys.readouterr().err == ""
+    last = whole.rindex(b"val/acc1")
+    for damaged in (whole[:last], whole[:last] + b"V" + whole[last + 1 :]):
+        first.write_bytes(damaged)
+        assert list(read_curves(folder, ["val/acc1"])["val/acc1"]) == [10, 20, 40]
+        assert capsys.readouterr().err == f"{first}: damaged or cut off; what it holds behind that is in no curve\n"
+
+
+def test_names_are_no_markup(make_run):
+    """Neither of Markdown, nor of the HTML that its viewers take."""
+    markup = "<b>*a*`|[x](y)"
+    folders = [make_run("plain", 90.0), make_run("other", 91.0, patch=1)]
+    comparison = Comparison(find_runs(folders), labels={folders[0]: markup})
+    html = render(markdown(comparison), extensions=["tables"])
+    assert "<td>&lt;b&gt;*a*`|[x](y) (baseline)</td>" in html.replace("<b>", "?")
 
 
 def test_metrics_of_two_studies_share_a_table(two_arms, make_run):

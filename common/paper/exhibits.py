@@ -48,7 +48,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import shlex
 import sys
@@ -60,6 +59,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from common.advice import quieten
 from common.errors import InputError
 from common.identity import AFTERWARDS, covered, flatten
 
@@ -80,10 +80,8 @@ _SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "pri
 
 @dataclass(frozen=True)
 class Arm:
-    """A config of a study with overrides; `runs` are options that name other arms' run folders: option -> arm.
-
-    Args:
-        again: the arm that this one is a copy of, to be tested by other options.
+    """A config of a study with overrides; `runs` are options that name other arms' run folders: option -> arm; `again`
+    is the arm that this one is a copy of, to be tested otherwise.
     """
 
     name: str
@@ -127,6 +125,11 @@ class Start:
         return (os.path.relpath(self.arm.config, ROOT), json.dumps(overrides, sort_keys=True), self.seed, sources)
 
     @property
+    def trained_before(self) -> list[Start]:
+        """The run that this one goes on from, or is a copy of."""
+        return [source for option, source in self.sources.items() if option in ("continue_from", "copy_of")]
+
+    @property
     def stages(self) -> tuple[str, ...]:
         return ("fit", "test") if self.judged_by else ("fit",)
 
@@ -158,7 +161,7 @@ def _parsed(study: str, arguments: list[str]) -> StudyCLI:
     # Importing Lightning takes seconds, and `list` in a fresh clone needs none of it.
     from common.training.cli import StudyCLI
 
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it would report each look-up
+    quieten()  # Lightning would report the seed of each look-up
     return StudyCLI(study, ["fit", *arguments], run=False)
 
 
@@ -319,14 +322,16 @@ def _scale(
     for key in ("config", "runs"):
         if key in content.get("set", {}):
             raise InputError(f"{where}.set.{key}: {content['set'][key]} is no override; give it to each arm it is for")
+    metrics = _metrics(content["metric"], where) if training else ("",)
     above = where if "arms" in content else f"{path}: {exhibit}"
     made: dict[str, Arm] = {}
     for arm, entry in content.get("arms", arms).items():
         place = f"{above}.arms.{arm}"
         own = dict(_mapping(entry, place, empty=True))
-        again = own.pop("again", None)
-        if again is not None:
-            made[str(arm)] = _again(made, str(arm), again, own, place)
+        if "again" in own:
+            if not metrics[0].startswith("test/"):
+                raise InputError(f"{place}.again: a copy has no other {metrics[0]}; the metric is to be one of test/")
+            made[str(arm)] = _again(made, str(arm), own.pop("again"), own, place)
             continue
         given, uses = own.pop("config", None), own.pop("runs", {})
         if given is None:
@@ -344,7 +349,6 @@ def _scale(
         if not set(pair.split(" - ")) <= set(made) or of not in stated:
             raise InputError(f"{where}.differences.{pair}: {of} should be one of {', '.join(stated) or 'none'}, and "
                              f"the key ARM - ARM, of {', '.join(made)}")
-    metrics = _metrics(content["metric"], where) if training else ("",)
     columns = metrics if training and isinstance(content["metric"], list) else ()
     return Scale(name, content.get("shows", ""), tuple(made.values()), content.get("seeds", 1), metrics[0], columns,
                  differences, **made_by)
@@ -356,8 +360,9 @@ def _again(made: Mapping[str, Arm], name: str, of: Any, overrides: dict[str, Any
     if trained or not overrides:
         raise InputError(f"{where}.{trained[0] if trained else 'again'}: {of} is tested otherwise, not trained; give "
                          f"options that begin with {' or '.join(AFTERWARDS)}")
-    return replace(source, name=name, overrides={**source.overrides, **overrides},
-                   runs={**source.runs, "continue_from": source.name}, again=source.name)
+    own = {key: value for key, value in source.overrides.items() if key != "run_name"}
+    return replace(source, name=name, overrides=own | overrides, runs={**source.runs, "copy_of": source.name},
+                   again=source.name)
 
 
 def _above(made: Mapping[str, Arm], name: Any, where: str) -> Arm:

@@ -15,8 +15,7 @@ from rich.table import Table
 from common.errors import InputError
 from common.paper.cost import duration, price, with_extended
 from common.paper.exhibits import Exhibit, Scale, Start
-from common.paper.state import state
-from common.runs import read_run
+from common.paper.state import own_seconds, state
 
 
 def list_exhibits(exhibits: Mapping[str, Exhibit]) -> None:
@@ -73,7 +72,7 @@ def _measured(starts: list[Start]) -> str:
     done = [start for start in starts if state(start) == "finished"]
     if not done:
         return ""
-    seconds = sum(read_run(start.located[0]).results.get("train_seconds", 0) for start in done)
+    seconds = sum(map(own_seconds, done))
     rate = sum(price(start).images * price(start).training_flops for start in done) / max(seconds, 1e-9)
     return f"; measured: {len(done)} of {len(starts)} trained in {seconds / 60:,.1f} min, {rate / 1e9:,.0f} GFLOP/s"
 

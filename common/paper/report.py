@@ -58,15 +58,11 @@ def report(exhibits: Sequence[Exhibit], scale: str | None) -> None:
 
 def page(text: str, folder: Path) -> str:
     """Markdown as one HTML page that needs no other file: pictures of `folder` are inside it."""
-    from markdown import Markdown
+    from markdown import markdown
     from markdown.extensions.toc import TocExtension
 
     headings = TocExtension(marker="", slugify=lambda heading, _: _anchor(heading))
-    renderer = Markdown(extensions=["tables", "sane_lists", headings])
-    # What a run has left in its folder is text, and no HTML.
-    renderer.preprocessors.deregister("html_block")
-    renderer.inlinePatterns.deregister("html")
-    body = renderer.convert(text)
+    body = markdown(text, extensions=["tables", "sane_lists", headings])
 
     def inside(link: re.Match) -> str:
         data = base64.b64encode((folder / html.unescape(link[1])).read_bytes()).decode()

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.compare import draw_figure, markdown, print_table, write
+from common.compare import draw_figure, literal, markdown, print_table, write
 from common.comparison import MARK, Comparison, pair
 from common.paper.cost import duration, price
 from common.paper.exhibits import MEASURES, Exhibit, Scale, Start
-from common.paper.state import state
+from common.paper.state import own_seconds, state
 from common.runs import Group, digits, find_runs, trained
 
 CURVES = "comparison.png"
@@ -133,7 +133,7 @@ class Section:
 
     def _circumstances(self, scale: str) -> Iterator[str]:
         yield f"`python -m common.paper run {self.exhibit.id} --scale {scale}`: {self.progress()}"
-        if self.scale.name != "paper" and (self.exhibit.values or self.scale.differences):
+        if self.scale.name != "paper" and any(MARK in row for row in self._beside()):
             yield f"{MARK} the paper's number is of its own data and budget, not of this scale's"
         if self.scale.draws and not self.drawn and self.scale.figure(self.exhibit.id).is_file():
             yield "a figure of other runs, or of these before they were trained on, is left out; `run` draws it anew"
@@ -146,11 +146,11 @@ class Section:
         for title, values in [("hardware", [run.results.get("hardware") for run in runs]),
                               ("commit", [run.results.get("commit") for run in runs]),
                               ("versions", [_versions(run.results.get("versions") or {}) for run in runs])]:
-            yield f"{title}: " + "; ".join(dict.fromkeys(str(value or "unknown") for value in values))
-        seconds = sum(run.results.get("train_seconds", 0) for run in runs)
-        prices = {start.located[0]: price(start) for start in self.starts}
-        flops = sum(prices[run.folder].images * prices[run.folder].training_flops for run in runs)
-        formula = duration(sum(each.flops for each in prices.values()), scale)
+            yield f"{title}: " + literal("; ".join(dict.fromkeys(str(value or "unknown") for value in values)))
+        compared = [start for start in self.starts if start.located[0] in {run.folder for run in runs}]
+        seconds = sum(map(own_seconds, compared))
+        flops = sum(price(start).images * price(start).training_flops for start in compared)
+        formula = duration(sum(price(start).flops for start in self.starts), scale)
         measured = f"{seconds / 60:,.1f} min, {flops / seconds / 1e9:,.0f} GFLOP/s" if seconds else "an unknown time"
         yield f"cost: {formula} for all runs by formula; training of the compared ones took {measured}"
 

@@ -30,3 +30,10 @@ def state(start: Start) -> str:
     record = run.results.get("evaluation", {})
     otherwise = "solver" in record and any(record.get(key) != value for key, value in start.sampling.items())
     return "not tested" if otherwise or start.judged_by not in run.results["metrics"] else run.status
+
+
+def own_seconds(start: Start) -> float:
+    """What a run's own training took, without that of the run which it goes on from or is a copy of."""
+    seconds, *before = (read_run(each.located[0]).results.get("train_seconds") or 0
+                        for each in (start, *start.trained_before))
+    return max(seconds - sum(before), 0.0)

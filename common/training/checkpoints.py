@@ -138,6 +138,8 @@ def folder_of(trainer: L.Trainer) -> Path:
 
 def link(source: Path, target: Path) -> None:
     """The same content under another name, whole or not there."""
+    if target.exists() and source.samefile(target):
+        return  # to rename one name of a file to another of its names would leave both
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)

@@ -7,8 +7,9 @@ OPTIONS = {
     "runs": (str, "runs", "folder of all runs"),
     "overwrite": (bool, False, "discard what an earlier run left in the folder"),
     "init_from": (str | None, None, "start from the weights of a run folder, a checkpoint or a timm state dict"),
-    "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs; "
-                      "with other model.predict or model.evaluation alone, a copy that is tested so"),
+    "continue_from": (str | None, None, "train a finished run on, in a new folder, to a larger trainer.max_epochs"),
+    "copy_of": (str | None, None, "instead of training, copy a finished run, to be tested by other model.predict or "
+                "model.evaluation options than its own"),
     "nonfinite": (Literal["stop", "skip"], "stop", "what follows a loss or gradient that is not finite: stop, and keep "
                   "the last checkpoint; or leave out the optimiser's step, and count it as train/skipped_steps"),
     "x_axis": (Literal["step", "images"], "step", "what the curves are over: optimiser steps, or images seen, by which "

@@ -25,8 +25,8 @@ from common.errors import InputError
 from common.files import write_atomically
 from common.identity import config_hash, covered, differing, flatten
 from common.runs import changed_source
-from common.training.checkpoints import LAST, link
 from common.training.curves import Curves
+from common.training.events import Events
 from common.training.recipe import effective_recipe, print_recipe
 from common.training.scores import print_scores
 
@@ -130,6 +130,13 @@ def discard(folder: Path) -> None:
             shutil.rmtree(place)
 
 
+def log_hyperparameters(events: Events, results: dict[str, Any]) -> None:
+    """A run's row of HPARAMS."""
+    hparams = {name: results.get(name) for name in HPARAMS}
+    headlines = dict.fromkeys(HEADLINES, math.nan)
+    events.log_hyperparams({k: "none" if v is None else v for k, v in hparams.items()}, headlines)
+
+
 class RunFolder(L.Callback):
     """Keeps config.yaml, results.json and HPARAMS of a run.
 
@@ -180,19 +187,14 @@ class RunFolder(L.Callback):
         print_recipe(recipe)
         self.results = {"recipe": recipe, **self._identity(trainer, module)}
         if trainer.global_step == 0 or not self._config_written:  # the second: continued from another run
-            hparams = {name: self.results.get(name) for name in HPARAMS}
-            headlines = dict.fromkeys(HEADLINES, math.nan)
-            trainer.logger.log_hyperparams({k: "none" if v is None else v for k, v in hparams.items()}, headlines)
+            log_hyperparameters(trainer.logger, self.results)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, i: int) -> None:
         # Not before the first batch went through: a start that failed must not block the corrected command.
         if trainer.is_global_zero and not self._config_written:
-            self._write_config()
+            self._config_written = True
+            write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             self._write(trainer, "running")
-
-    def _write_config(self) -> None:
-        self._config_written = True
-        write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -209,12 +211,9 @@ class RunFolder(L.Callback):
         self._write(trainer, "running", epoch=trainer.current_epoch + 1)  # Lightning counts it after this hook
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not self.results:  # nothing was left to train
+        if trainer.is_global_zero and not self.results:  # killed between its last checkpoint and here
             self.results = {"recipe": effective_recipe(trainer, module, trainer.datamodule),
                             **self._identity(trainer, module)}
-            if not self._config_written:  # a copy of another run; else one killed between its last checkpoint and here
-                link(Path(trainer.ckpt_path), self.folder / "checkpoints" / LAST)
-                self._write_config()
         self._write(trainer, "finished" if trainer.finished else "running")
         score = self.metrics.get(f"val/{module.headline}")
         if trainer.is_global_zero and trainer.finished:

@@ -17,9 +17,11 @@ import torch
 from forked import run
 from PIL import Image
 
+from common.comparison import Comparison
 from common.data import Digits
 from common.errors import InputError
 from common.randomness import normal, uniform
+from common.runs import find_runs
 from common.training import progress
 from common.training.checkpoints import read
 from common.training.optim import Recipe
@@ -234,28 +236,50 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
 
 
 def test_a_copy_of_a_run_is_tested_otherwise(generation: Callable, command: Callable, tmp_path: Path) -> None:
-    """Whose scores then stand beside the run's own, whose schedule need not be constant."""
+    """Whose scores then stand beside the run's own; and no other way is it another run."""
     assert command("fit", "--run_name", "judge").code == 0
     assert generation("fit").code == 0
     options = ["--model.predict.steps", "3", "--model.predict.samples", "40", "--model.evaluation.extractor",
                "runs/supervised/judge"]  # fmt: skip
     assert generation("test", *options).code == 0
     own = results(tmp_path)
-    copy = ["--run_name", "b", "--continue_from", "runs/diffusion/a"]
-    outcome = generation("fit", *copy)
-    assert outcome.code == 2 and "trainer.max_epochs: 2 is no more than the 2 of runs/diffusion/a" in outcome.err
+    copy = [*options, "--run_name", "b", "--copy_of", "runs/diffusion/a/", "--model.predict.guidance", "1"]
     for subcommand in ("fit", "test", "fit"):
-        outcome = generation(subcommand, *options, *copy, "--model.predict.guidance", "1")
+        outcome = generation(subcommand, *copy)
         assert outcome.code == 0, outcome.err
     there, copied = tmp_path / "runs/diffusion/a", tmp_path / "runs/diffusion/b"
     assert results(tmp_path) == own
-    assert all(torch.equal(value, weights(there)[name]) for name, value in weights(copied).items())
+    assert (there / "checkpoints/last.ckpt").samefile(copied / "checkpoints/last.ckpt")
     judged = json.loads((copied / "results.json").read_text())
-    assert (judged["status"], judged["step"], judged["epoch"]) == ("finished", 18, 2)
+    assert (judged["run_name"], judged["status"], judged["step"], judged["epoch"]) == ("b", "finished", 18, 2)
     assert (own["evaluation"]["guidance"], judged["evaluation"]["guidance"]) == (1.5, 1.0)
-    trained = {tag for tag in own["metrics"] if tag.startswith(("val/", "best/"))}
+    trained = {tag for tag in own["metrics"] if not tag.startswith("test/")}
     assert trained and {tag: judged["metrics"][tag] for tag in trained} == {tag: own["metrics"][tag] for tag in trained}
     assert judged["metrics"]["test/fd_judge"] != own["metrics"]["test/fd_judge"]
+    assert len({find["config_hash"] for find in (own, judged)}) == 2
+    assert [len(group.runs) for group in Comparison(find_runs([there, copied])).groups] == [1, 1]
+
+    # One that was cut off is made anew; one that is there answers to its own options alone.
+    for name in ("results.json", "checkpoints/last.ckpt"):
+        (copied / name).unlink()
+    assert "copied: runs/diffusion/a -> runs/diffusion/b" in generation("fit", *copy).out
+    assert generation("fit", *copy[:-1], "3").code == generation("test", *copy[:-1], "3").code == 2
+    outcome = generation("fit", *copy[:-1], "3", "--overwrite")
+    assert outcome.code == 0 and "guidance: 3.0" in (copied / "config.yaml").read_text(), outcome.err
+
+    for options, message in [
+        (["--run_name", "c", "--copy_of", "runs/diffusion/d"], "--copy_of: runs/diffusion/d is no run folder"),
+        (["--copy_of", "runs/diffusion/b", "--overwrite"], "runs/diffusion/b is the run itself; choose another"),
+        (["--run_name", "c", "--model.patch_size", "2"], "was trained otherwise: model.patch_size: 4 there, 2 here"),
+    ]:
+        outcome = generation("fit", *copy, *options)
+        assert outcome.code == 2 and message in outcome.err, outcome.err
+    (there / "results.json").write_text(json.dumps(own | {"status": "running", "step": 9}))
+    outcome = generation("fit", *copy, "--run_name", "c")
+    assert outcome.code == 2 and "--copy_of: runs/diffusion/a is not a finished run (running)" in outcome.err
+    assert not (tmp_path / "runs/diffusion/c").exists()
+    outcome = generation("fit", *copy[:-1], "3")
+    assert outcome.code == 2 and "weights that are no longer in runs/diffusion/a" in outcome.err, outcome.err
 
 
 def test_two_processes_sample_and_judge_as_one(generation: Callable, command: Callable, tmp_path: Path) -> None:

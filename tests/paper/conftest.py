@@ -46,7 +46,8 @@ def folders(monkeypatch):
     def located(start):
         patch = start.arm.overrides.get("model.patch_size", 1)
         sources = {option: str(source.located[0]) for option, source in start.sources.items()}
-        return (Path("runs", start.arm.study, f"{start.arm.config.stem}-p{patch}-s{start.seed}"),
+        copy = "-copy" * ("copy_of" in sources)
+        return (Path("runs", start.arm.study, f"{start.arm.config.stem}-p{patch}-s{start.seed}{copy}"),
                 {"seed_everything": start.seed, "model.patch_size": patch, **sources})
 
     monkeypatch.setattr(Start, "located", property(located))
@@ -83,15 +84,15 @@ import json, pathlib, sys
 word, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
 patch, seed = int(options.get("--model.patch_size", 1)), int(options["--seed_everything"])
 study, config = pathlib.Path(__file__).parent.name, pathlib.Path(options["--config"]).stem
-source = options.get("--init_from")
-folder = pathlib.Path(f"runs/{study}/{config}-p{patch}-s{seed}")
+source, original = options.get("--init_from"), options.get("--copy_of")
+folder = pathlib.Path(f"runs/{study}/{config}-p{patch}-s{seed}" + "-copy" * bool(original))
 with open("calls", "a") as calls:
     print(*["test"] * (word == "test"), folder, *[source] * bool(source), file=calls)
 if pathlib.Path("broken").exists() and patch == 1:
     sys.exit(3)
 if word == "test":
     results = json.loads((folder / "results.json").read_text())
-    results["metrics"] |= {"test/fid": 10 * patch + seed, "test/sfid": 1.0}
+    results["metrics"] |= {"test/fid": 10 * patch + seed + 5 * bool(original), "test/sfid": 1.0}
     results["evaluation"] = {"samples": 8}
     (folder / "results.json").write_text(json.dumps(results))
     sys.exit(0)
@@ -103,7 +104,7 @@ results = {"status": "running" if early else "finished",
            "seed": seed, "metrics": metrics, "headline": next(iter(metrics)), "higher_is_better": not before,
            "patch_size": patch, "dataset": "digits", "epochs": 1, "batch_size": 8}
 (folder / "results.json").write_text(json.dumps(results))
-trained = {"seed_everything": seed, "model": {"patch_size": patch}, "init_from": source}
+trained = {"seed_everything": seed, "model": {"patch_size": patch}, "init_from": source, "copy_of": original}
 (folder / "config.yaml").write_text(json.dumps(trained))
 ''')
     return exhibits

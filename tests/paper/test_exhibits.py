@@ -33,11 +33,13 @@ def test_an_arm_may_have_another_study_and_start_from_another_arm(exhibits, fold
 def test_an_arm_may_be_another_one_tested_otherwise(exhibits, folders):
     """Both are compared: the copy has the other's overrides and sources, and its weights."""
     arms = CHAIN["arms"] | {"again": {"again": "S/1", "model.predict.guidance": 1}}
-    demo = exhibits(**{**CHAIN, "arms": arms})["X1"].scale("demo")
+    demo = exhibits(**{**CHAIN, "arms": arms}, metric="test/fid")["X1"].scale("demo")
     assert [start.arm.name for start in demo.compared(1)] == ["S/2", "S/1", "again"]
     assert demo.starts(1)[-1].shown("fit") == (
         "python -m mae fit --config mae/configs/tiny_set_finetune.yaml --model.patch_size 1 --model.predict.guidance 1 "
-        "--seed_everything 0 --init_from runs/mae/tiny_set-p1-s0 --continue_from runs/mae/tiny_set_finetune-p1-s0")
+        "--seed_everything 0 --init_from runs/mae/tiny_set-p1-s0 --copy_of runs/mae/tiny_set_finetune-p1-s0")
+    with pytest.raises(InputError, match="X1.arms.again.again: a copy has no other val/acc1; the metric is to be one"):
+        exhibits(**{**CHAIN, "arms": arms})
 
 
 def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
@@ -62,11 +64,13 @@ def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
     ({"arms": {"S/2": {"runs": {"init_from": "S/2"}}, "S/1": {}}}, r"X1.arms.S/2.runs.init_from: S/2 is no arm above"),
     ({"arms": {"S/2": {"runs": "S/2"}, "S/1": {}}}, r"X1.arms.S/2.runs: 'S/2' is not a mapping"),
     ({"arms": {"S/2": {}, "S/1": {"runs": {"init_from": ["S/2"]}}}}, r"S/1.runs.init_from: \['S/2'\] is no arm above"),
-    ({"arms": {"S/2": {"again": "S/1", "model.predict.seed": 1}, "S/1": {}}},
+    ({"metric": "test/fid", "arms": {"S/2": {"again": "S/1", "model.predict.seed": 1}, "S/1": {}}},
      r"X1.arms.S/2.again: S/1 is no arm above this one; there is none"),
-    ({"arms": {"S/2": {}, "S/1": {"again": "S/2", "model.predict.seed": 1, "model.depth": 2}}},
+    ({"metric": "test/fid", "arms": {"S/2": {}, "S/1": {"again": "S/2", "model.predict.seed": 1, "model.depth": 2}}},
      r"X1.arms.S/1.model.depth: S/2 is tested otherwise, not trained; give options that begin with model.predict. or"),
-    ({"arms": {"S/2": {}, "S/1": {"again": "S/2"}}}, r"X1.arms.S/1.again: S/2 is tested otherwise, not trained; give"),
+    ({"metric": "test/fid", "arms": {"S/2": {}, "S/1": {"again": "S/2"}}},
+     r"X1.arms.S/1.again: S/2 is tested otherwise, not trained; give"),
+    ({"metric": "test/fid", "arms": {"S/2": {}, "S/1": {"again": None}}}, r"X1.arms.S/1.again: None is no arm above"),
     ({"metric": 3}, r"paper.yaml: X1.metric: 3 is neither a tag, such as val/acc1, nor a list of tags"),
     ({"metric": []}, r"X1.metric: \[\] is neither"),
     ({"scales": {"demo": {"config": "tiny_set", "metric": ["val/loss", 3]}}}, r"scales.demo.metric: .*3\] is neither"),

@@ -31,7 +31,7 @@ def test_a_report_shows_what_runs_left_and_averages_finished_ones_alone(study, c
     assert "| S/1 - S/2 | +1.5 † | +2.00 (n = 1) |" in text  # seed 0 alone is in both
     assert "- † the paper's number is of its own data and budget, not of this scale's\n" in text
     for line in ("S/2, seed 1: another config, not averaged in", "S/1, seed 2: unfinished, not averaged in",
-                 "S/2, seed 2: unreadable, not averaged in", "hardware: unknown; an <abacus>",
+                 "S/2, seed 2: unreadable, not averaged in", "hardware: unknown; an &lt;abacus>",
                  "commit: unknown; abc1234", "paper: unknown: both values"):
         assert f"- {line}\n" in text, line
     page = Path("runs/paper/X1.html").read_text()

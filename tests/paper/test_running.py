@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.paper.exhibits import Start, read_exhibits
 from common.paper.listing import _states, show
 from common.paper.running import Pace, run, run_all
-from common.paper.state import state
+from common.paper.state import own_seconds, state
 
 
 def test_run_trains_each_arm_once_and_compares(study, capfd):
@@ -59,6 +59,23 @@ def test_a_run_that_starts_from_another_comes_after_it_and_is_compared_alone(stu
     text = Path("runs/paper/X1-demo/report.md").read_text()
     assert "| S/2 (baseline) |" in text and "| S/1 |" in text and "| before" not in text
     assert _states(chain.scale("demo")) == "6 finished"
+
+
+def test_a_copy_is_tested_beside_its_original(study):
+    """Both are compared, and what was trained once counts once."""
+    arms = {"S/2": {"model.patch_size": 2}, "again": {"again": "S/2", "model.predict.guidance": 1}}
+    exhibit = study(arms=arms, metric="test/fid", paper=None, scales={"demo": {"config": "tiny_set"}})["X1"]
+    demo = exhibit.scale("demo")
+    assert run(exhibit, demo, 1) == 0
+    own = "runs/supervised/tiny_set-p2-s0"
+    assert calls() == [own, f"test {own}", f"{own}-copy", f"test {own}-copy"]
+    text = Path("runs/paper/X1-demo/report.md").read_text()
+    assert "| S/2 | no such run | 20.00 (1) |" in text and "| again | no such run | 25.00 (1) |" in text
+    for folder, seconds in ((own, 60), (f"{own}-copy", 61)):
+        results = json.loads(Path(folder, "results.json").read_text())
+        Path(folder, "results.json").write_text(json.dumps(results | {"train_seconds": seconds}))
+    assert [own_seconds(start) for start in demo.starts(1)] == [60, 1]
+    assert run(exhibit, demo, 1) == 0 and len(calls()) == 4
 
 
 # Chains of the kind that generation is: what serves all seeds, a test after the training, a figure of its own

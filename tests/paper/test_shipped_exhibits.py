@@ -85,7 +85,7 @@ def test_diffusion_exhibits():
         assert all(list(arms[name]) == compared for name in DIFFUSION_IDS)
         if scale == "paper":
             assert unguided.sampling == arms["T5"]["L/2"].sampling | {"guidance": 1}
-            assert unguided.sources["continue_from"].shown("fit") == arms["T5"]["L/2"].shown("fit")
+            assert unguided.sources["copy_of"].shown("fit") == arms["T5"]["L/2"].shown("fit")
             assert price(unguided)._replace(test_flops=0).flops == 0
         for arm, start in arms["T5"].items():
             assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
