@@ -42,7 +42,7 @@ def print_table(comparison: Comparison) -> None:
 def markdown(comparison: Comparison) -> str:
     """The table in Markdown; the best value of each metric is bold."""
     header = comparison.header()
-    lines = [_line(header), _line(["---"] * 3 + ["---:"] * (len(header) - 3))]
+    lines = [_line(map(literal, header)), _line(["---"] * 3 + ["---:"] * (len(header) - 3))]
     lines += [_line(f"**{cell.text}**" if cell.best else literal(cell.text) for cell in row)
               for row in comparison.rows()]
     return "\n".join([*lines, "", *(f"{literal(note)}  " for note in comparison.notes())]) + "\n"
@@ -50,7 +50,8 @@ def markdown(comparison: Comparison) -> str:
 
 def literal(text: str) -> str:
     """What a run has left in its folder, as Markdown and HTML show it: no markup, whatever it looks like."""
-    return re.sub(r"[*`|]|(?<=\])\(", r"\\\g<0>", text).replace("<", "&lt;")
+    marks = re.compile(r"[\\*`|]|\b_|_\b|(?<=\])\(")
+    return marks.sub(r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _line(cells) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError
-from common.identity import AFTERWARDS, differing
+from common.identity import differing
 from common.runs import Group, Run, digits, group_runs
 from common.significance import Paired, paired
 
@@ -167,9 +167,6 @@ class Comparison:
             names = ", ".join(sorted(found - {"seed_everything"}))
             return f"its runs differ in {names}" if names else ""
         found = differing(group.runs[0].config, self.baseline.runs[0].config)
-        if None in {runs[0].config.get("copy_of") for runs in (group.runs, self.baseline.runs)}:
-            # Only a copy of a run answers to these; its record tells what it was tested by.
-            found = {key: values for key, values in found.items() if not key.startswith(AFTERWARDS)}
         return ", ".join(f"{key} {our} ({their})" for key, (our, their) in found.items() if key != "seed_everything")
 
     def records(self) -> list[dict[str, Any]]:

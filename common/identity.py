@@ -15,8 +15,9 @@ COVERED_TRAINER = ("max_epochs", "precision", "gradient_clip_val", "gradient_cli
 NOT_COVERED = ("data.root", "data.workers", "data.batch_per_device", "data.eval_batch_size", "data.images",
                "data.max_unreadable", "data.on_device", "data.latents", "model.picture_epochs", "model.picture_steps",
                "model.checkpoint_blocks")
-RUNS = ("init_from", "continue_from", "copy_of", "data.autoencoder")  # whose values may be run folders
-# Options of what is done with a trained run, which answers to all of them; a copy of a run answers to its own alone.
+# Whose values may be run folders.
+RUNS = ("init_from", "continue_from", "copy_of", "data.autoencoder", "model.evaluation.extractor")
+# Options of what is done with a trained run, which answers to all of them.
 AFTERWARDS = ("model.predict.", "model.evaluation.")
 
 
@@ -37,10 +38,15 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 def covered(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that its results depend on, flattened; what is unset is left out."""
     trainer = tuple(f"trainer.{name}" for name in COVERED_TRAINER)
-    left_out = () if config.get("copy_of") else AFTERWARDS
     return {key: value for key, value in flatten(config).items()
             if value is not None and (key.startswith(COVERED) or key in trainer)
-            and key not in NOT_COVERED and not key.startswith(left_out)}
+            and key not in NOT_COVERED and not key.startswith(AFTERWARDS)}
+
+
+def afterwards(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run is to be tested by, flattened; it tells copies of a run apart."""
+    return {key: value for key, value in flatten(config).items() if key.startswith(AFTERWARDS)}
+
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -59,7 +65,8 @@ def arm_hash(config: dict[str, Any]) -> str:
     The seed of the run that they start from is no further difference: runs/mae/digits-nano-p1-s3 is a repeat of
     runs/mae/digits-nano-p1-s0.
     """
-    keys = {key: value for key, value in covered(config).items() if key != "seed_everything"}
+    keys = covered(config) | (afterwards(config) if config.get("copy_of") else {})
+    keys.pop("seed_everything", None)
     for key in keys.keys() & set(RUNS):  # -s3 ends a part of the path, or stands before the hash of further overrides
         keys[key] = re.sub(r"-s\d+(?=(-[0-9a-f]{6})?(/|$))", "-s*", str(keys[key]))
     return _digest(keys)

@@ -211,10 +211,13 @@ def read_run(folder: Path) -> Run:
 def trained(source: str | Path) -> dict[str, Any] | None:
     """What tells the weights of a run folder from those of another training in its place; None of anything else."""
     try:
-        results = json.loads((Path(source) / "results.json").read_text())
-        return {name: results.get(name) for name in ("config_hash", "status", "step")}
+        return weights_of(json.loads((Path(source) / "results.json").read_text()))
     except (OSError, ValueError):
         return None
+
+
+def weights_of(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: results.get(name) for name in ("config_hash", "status", "step")}
 
 
 def changed_source(results: dict[str, Any]) -> str | None:

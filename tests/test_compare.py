@@ -1,8 +1,10 @@
 """python -m common.compare, on run folders written here from the contract of the run folder."""
 
 import csv
+import html
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -308,11 +310,15 @@ def test_what_a_damaged_event_file_held_is_missed(make_run, capsys):
 
 def test_names_are_no_markup(make_run):
     """Neither of Markdown, nor of the HTML that its viewers take."""
-    markup = "<b>*a*`|[x](y)"
-    folders = [make_run("plain", 90.0), make_run("other", 91.0, patch=1)]
-    comparison = Comparison(find_runs(folders), labels={folders[0]: markup})
-    html = render(markdown(comparison), extensions=["tables"])
-    assert "<td>&lt;b&gt;*a*`|[x](y) (baseline)</td>" in html.replace("<b>", "?")
+    markup = r"<i>\*a* _b_ c_d `|[x](y) &lt;"
+    metrics = ["val/acc1", f"test/{markup}"]
+    folders = [make_run("plain", 90.0), make_run("other", 91.0, patch=1, metrics=dict.fromkeys(metrics, 2.0)),
+               make_run("gone", 1.0, status="failed", error=markup)]
+    comparison = Comparison(find_runs(folders), metrics, labels={folders[0]: markup})
+    page = render(markdown(comparison), extensions=["tables"])
+    cells = [html.unescape(re.sub("<[^>]*>", "", part)) for part in re.split("</t[hd]>|<br */?>|\n", page)]
+    assert {f"{markup} (baseline)", f"test/{markup}"} <= set(cells)
+    assert [cell for cell in cells if cell.strip().endswith(f"at epoch 10 of 10: {markup}")]
 
 
 def test_metrics_of_two_studies_share_a_table(two_arms, make_run):

@@ -127,7 +127,8 @@ class Start:
     @property
     def trained_before(self) -> list[Start]:
         """The run that this one goes on from, or is a copy of."""
-        return [source for option, source in self.sources.items() if option in ("continue_from", "copy_of")]
+        before = self.sources.get("copy_of") or self.sources.get("continue_from")
+        return [before] if before else []
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -147,7 +147,8 @@ class Section:
                               ("commit", [run.results.get("commit") for run in runs]),
                               ("versions", [_versions(run.results.get("versions") or {}) for run in runs])]:
             yield f"{title}: " + literal("; ".join(dict.fromkeys(str(value or "unknown") for value in values)))
-        compared = [start for start in self.starts if start.located[0] in {run.folder for run in runs}]
+        starts = {start.located[0]: start for start in self.starts}
+        compared = [starts[run.folder] for run in runs]
         seconds = sum(map(own_seconds, compared))
         flops = sum(price(start).images * price(start).training_flops for start in compared)
         formula = duration(sum(price(start).flops for start in self.starts), scale)

@@ -213,7 +213,7 @@ class StudyCLI(LightningCLI):
             self.lock.acquire()
             self.closing.callback(self.lock.release)
         self.options.overwrite &= not run.restarted(self.folder)
-        if self.options.copy_of:
+        if self.options.copy_of is not None:
             if first:
                 copy(Path(self.options.copy_of), self.folder, self.resolved, self.options.overwrite)
             raise SystemExit(0)
@@ -257,7 +257,7 @@ class StudyCLI(LightningCLI):
         if here <= there:
             raise InputError(f"trainer.max_epochs: {here} is no more than the {there} of {source} to continue from")
         differing = run.differences(config, self.resolved)
-        differing = {k: v for k, v in differing.items() if k not in ("trainer.max_epochs", "continue_from")}
+        differing = {k: v for k, v in differing.items() if k not in ("trainer.max_epochs", "continue_from", "copy_of")}
         if differing:
             raise InputError(f"--continue_from: {source} was trained otherwise: " + "; ".join(
                 f"{key}: {old} there, {new} here" for key, (old, new) in differing.items()))
@@ -269,6 +269,9 @@ class StudyCLI(LightningCLI):
     def _before_evaluation(self) -> None:
         run.refuse_another_config(self.folder, self.resolved)
         self.checkpoint = newest_readable(self.folder / "checkpoints")
+        if self.checkpoint and self.options.copy_of and not run.read_results(self.folder):
+            raise InputError(f"{self.folder}: the copy of {self.options.copy_of} was cut off; run fit with the same "
+                             "options, which makes it anew")
         if self.checkpoint is None and self.options.init_from is not None:
             self._check_source()  # published weights, as they are
         elif self.checkpoint is None:

@@ -10,8 +10,8 @@ import yaml
 
 from common.errors import InputError
 from common.files import write_atomically
-from common.identity import AFTERWARDS, config_hash, covered, differing
-from common.runs import trained
+from common.identity import config_hash, covered, differing
+from common.runs import weights_of
 from common.training.checkpoints import LAST, damage, link
 from common.training.events import Events
 from common.training.run import (
@@ -38,6 +38,8 @@ def copy(source: Path, folder: Path, config: dict[str, Any], overwrite: bool = F
         InputError: a source that is not finished, was trained by another config, or has a damaged checkpoint; a folder
             of another run, or of a copy whose source has been trained anew.
     """
+    if folder.resolve() == source.resolve():
+        raise InputError(f"--copy_of: {source} is the run itself; choose another --run_name")
     if not overwrite:
         refuse_another_config(folder, config)
         there = read_results(folder)
@@ -48,8 +50,7 @@ def copy(source: Path, folder: Path, config: dict[str, Any], overwrite: bool = F
     if not (source / "config.yaml").is_file():
         raise InputError(f"--copy_of: {source} is no run folder")
     results, checkpoint = read_results(source), source / "checkpoints" / LAST
-    if folder.resolve() == source.resolve():
-        raise InputError(f"--copy_of: {source} is the run itself; choose another --run_name")
+    refuse_changed_source(source, results)
     if results.get("status") != "finished":
         raise InputError(f"--copy_of: {source} is not a finished run ({results.get('status')})")
     if reason := damage(checkpoint):
@@ -65,16 +66,24 @@ def copy(source: Path, folder: Path, config: dict[str, Any], overwrite: bool = F
         "run_name": folder.name,
         "config_hash": config_hash(config),
         "metrics": {tag: value for tag, value in results["metrics"].items() if not tag.startswith("test/")},
-        "copy_of": {"source": str(source), "trained": trained(source)},
+        "copy_of": {"source": str(source), "trained": weights_of(results)},
     }
-    results.pop("evaluation", None)
-    events = Events(folder)
-    log_hyperparameters(events, results)
-    events.finalize("success")
+    for of_the_source in ("evaluation", "job"):
+        results.pop(of_the_source, None)
+    _log(folder, results)
     write_atomically(folder / "results.json", json.dumps(results, indent=2))
     print(f"copied: {source} -> {folder}, to be tested by the same options")
 
 
 def _trained_by(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in covered(config).items()
-            if key != "copy_of" and not key.startswith(AFTERWARDS)}
+    return {key: value for key, value in covered(config).items() if key != "copy_of"}
+
+
+def _log(folder: Path, results: dict[str, Any]) -> None:
+    """A row of HPARAMS, and the last point of the source's curves."""
+    in_images = results.get("x_axis") == "images"
+    events = Events(folder, (lambda: results["batch_size"]) if in_images else None)
+    log_hyperparameters(events, results)
+    last = {tag: value for tag, value in results["metrics"].items() if tag.startswith("val")}
+    events.log_metrics(last, results["step"])
+    events.finalize("success")

@@ -23,7 +23,7 @@ import yaml
 from common.command import one_line
 from common.errors import InputError
 from common.files import write_atomically
-from common.identity import config_hash, covered, differing, flatten
+from common.identity import afterwards, config_hash, covered, differing, flatten
 from common.runs import changed_source
 from common.training.curves import Curves
 from common.training.events import Events
@@ -48,7 +48,10 @@ def default_name(config_name: str, config: dict[str, Any], plain: dict[str, Any]
     flat = flatten(config)
     named = {"model.size": "{}", "model.patch_size": "p{}", "seed_everything": "s{}"}
     parts = [config_name, *(form.format(flat[key]) for key, form in named.items() if flat.get(key) is not None)]
-    further = {key: values[0] for key, values in differences(config, plain).items() if key not in named}
+    found = differences(config, plain)
+    if config.get("copy_of"):
+        found |= differing(afterwards(config), afterwards(plain))
+    further = {key: values[0] for key, values in found.items() if key not in named}
     if further:
         parts.append(hashlib.sha256(json.dumps(further, sort_keys=True).encode()).hexdigest()[:6])
     return "-".join(parts)

@@ -235,7 +235,9 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
     assert not folder.parent.exists()
 
 
-def test_a_copy_of_a_run_is_tested_otherwise(generation: Callable, command: Callable, tmp_path: Path) -> None:
+def test_a_copy_of_a_run_is_tested_otherwise(
+    generation: Callable, command: Callable, scalars: Callable, tmp_path: Path
+) -> None:
     """Whose scores then stand beside the run's own; and no other way is it another run."""
     assert command("fit", "--run_name", "judge").code == 0
     assert generation("fit").code == 0
@@ -259,25 +261,38 @@ def test_a_copy_of_a_run_is_tested_otherwise(generation: Callable, command: Call
     assert len({find["config_hash"] for find in (own, judged)}) == 2
     assert [len(group.runs) for group in Comparison(find_runs([there, copied])).groups] == [1, 1]
 
-    # One that was cut off is made anew; one that is there answers to its own options alone.
-    for name in ("results.json", "checkpoints/last.ckpt"):
-        (copied / name).unlink()
-    assert "copied: runs/diffusion/a -> runs/diffusion/b" in generation("fit", *copy).out
-    assert generation("fit", *copy[:-1], "3").code == generation("test", *copy[:-1], "3").code == 2
+    assert scalars(copied)["val/loss"][-1] == (18, pytest.approx(own["metrics"]["val/loss"]))  # HPARAMS sorts by it
+
+    # One that was cut off is not tested, and is made anew; a copy goes anywhere that its original does.
+    for names in (["results.json"], ["results.json", "checkpoints/last.ckpt"]):
+        for name in names:
+            (copied / name).unlink()
+        assert generation("test", *copy).code == 2
+        assert "copied: runs/diffusion/a -> runs/diffusion/b" in generation("fit", *copy).out
+    assert not list(copied.rglob("*.tmp"))
+    outcome = generation("predict", *copy, "--model.predict.guidance", "3")
+    assert outcome.code == 0 and (copied / "samples/step18-ddim3-g3-s0").is_dir(), outcome.err
     outcome = generation("fit", *copy[:-1], "3", "--overwrite")
     assert outcome.code == 0 and "guidance: 3.0" in (copied / "config.yaml").read_text(), outcome.err
+    assert not (copied / "samples").exists()
+    outcome = generation("fit", "--run_name", "c", "--copy_of", "runs/diffusion/b")  # whose weights are a's
+    assert outcome.code == 0 and (tmp_path / "runs/diffusion/c/checkpoints/last.ckpt").samefile(
+        there / "checkpoints/last.ckpt"), outcome.err
 
     for options, message in [
-        (["--run_name", "c", "--copy_of", "runs/diffusion/d"], "--copy_of: runs/diffusion/d is no run folder"),
-        (["--copy_of", "runs/diffusion/b", "--overwrite"], "runs/diffusion/b is the run itself; choose another"),
-        (["--run_name", "c", "--model.patch_size", "2"], "was trained otherwise: model.patch_size: 4 there, 2 here"),
+        (["--run_name", "d", "--copy_of", "runs/diffusion/d"], "--copy_of: runs/diffusion/d is the run itself"),
+        (["--run_name", "e", "--copy_of", "runs/diffusion/d"], "--copy_of: runs/diffusion/d is no run folder"),
+        (["--run_name", "e", "--copy_of", ""], "is no run folder"),
+        (["--run_name", "a"], "--copy_of: runs/diffusion/a is the run itself; choose another --run_name"),
+        (["--copy_of", "runs/diffusion/c"], "b holds a run of another config (copy_of: runs/diffusion/a"),
+        (["--run_name", "e", "--model.patch_size", "2"], "was trained otherwise: model.patch_size: 4 there, 2 here"),
     ]:
         outcome = generation("fit", *copy, *options)
         assert outcome.code == 2 and message in outcome.err, outcome.err
     (there / "results.json").write_text(json.dumps(own | {"status": "running", "step": 9}))
-    outcome = generation("fit", *copy, "--run_name", "c")
+    outcome = generation("fit", *copy, "--run_name", "e")
     assert outcome.code == 2 and "--copy_of: runs/diffusion/a is not a finished run (running)" in outcome.err
-    assert not (tmp_path / "runs/diffusion/c").exists()
+    assert not (tmp_path / "runs/diffusion/e").exists()
     outcome = generation("fit", *copy[:-1], "3")
     assert outcome.code == 2 and "weights that are no longer in runs/diffusion/a" in outcome.err, outcome.err
 

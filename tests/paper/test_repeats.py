@@ -45,6 +45,18 @@ def test_options_of_prediction_alone_are_no_part_of_a_run():
         assert covered({"model": {key: "noise"}}) == {f"model.{key}": "noise"}
 
 
+def test_copies_of_a_run_are_told_apart_by_what_they_are_tested_by():
+    """Over the seeds of the run and of its judge; and no other run is."""
+
+    def tested(seed, guidance, copy=True):
+        model = {"predict": {"guidance": guidance}, "evaluation": {"extractor": f"runs/supervised/digits-s{seed}"}}
+        return {"seed_everything": seed, "model": model, "copy_of": f"runs/diffusion/a-s{seed}" if copy else None}
+
+    assert arm_hash(tested(0, 1.0)) == arm_hash(tested(3, 1.0)) != arm_hash(tested(0, 4.0))
+    assert config_hash(tested(0, 1.0)) == config_hash(tested(0, 4.0))
+    assert arm_hash(tested(0, 1.0, copy=False)) == arm_hash(tested(0, 4.0, copy=False)) != arm_hash(tested(0, 1.0))
+
+
 def test_weights_that_were_trained_anew_are_noticed(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -54,10 +66,11 @@ def test_weights_that_were_trained_anew_are_noticed(tmp_path):
 
     train(config_hash="a")
     run = {"init_from": {"source": str(source), "trained": trained_as(source)}}
-    assert changed_source(run) is None
+    copy = {"init_from": {}, "copy_of": run["init_from"]}
+    assert changed_source(run) is changed_source(copy) is None
     for other in ({"config_hash": "b"}, {"config_hash": "a", "step": 10}):
         train(**other)
-        assert changed_source(run) == str(source)
+        assert changed_source(run) == changed_source(copy) == str(source)
     train(config_hash="a")
     assert changed_source(run) is None  # the same config gives the same weights
     (source / "results.json").unlink()

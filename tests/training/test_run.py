@@ -50,6 +50,7 @@ def test_keys_are_flattened_as_a_user_types_them():
     ("model.patch_size", 2), ("model.optim.lr", 2e-3), ("model.width", 64), ("model.class_path", "C"),
     ("data.batch_size", 64), ("data.image_size", 16), ("trainer.max_epochs", 4), ("trainer.precision", "bf16-mixed"),
     ("trainer.gradient_clip_val", 1.0), ("seed_everything", 1), ("init_from", "weights.pth"), ("continue_from", "run"),
+    ("copy_of", "run"),
     ("trainer.callbacks", [{"class_path": "C"}]),
 ])  # fmt: skip
 def test_what_results_depend_on_is_in_the_hash(key, value):
@@ -93,6 +94,19 @@ def test_the_default_name():
     assert len(rates) == 3 and "digits-tiny-p1-s0" in rates
     assert all(name.startswith("digits-tiny-p1-s0") for name in rates)
     assert run.default_name("digits", changed("model.optim.lr", 2e-3), CONFIG) in rates
+
+
+def test_copies_that_are_tested_otherwise_have_other_folders():
+    """Of what they are tested by the overrides alone are in the name: a new option leaves it as it is."""
+
+    def tested(copy_of: str | None = "run", **options: float) -> dict:
+        return {**CONFIG, "model": {"predict": {"guidance": 1.5, **options}}, "copy_of": copy_of}
+
+    plain = tested(None)
+    names = [run.default_name("digits", tested(guidance=guidance), plain) for guidance in (1.5, 1.0, 4.0)]
+    assert run.default_name("digits", tested(None, guidance=4.0), plain) == "digits-s0"
+    assert len({"digits-s0", *names}) == 4
+    assert run.default_name("digits", tested(guidance=4.0, new=0), tested(None, new=0)) == names[-1]
 
 
 def test_the_command_line_finds_the_same_folder(command: Callable, tmp_path: Path):
