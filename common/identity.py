@@ -48,7 +48,6 @@ def afterwards(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if key.startswith(AFTERWARDS)}
 
 
-
 def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys of two flattened configs whose values differ, sorted, with both values; None where one has none."""
     return {key: (one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys())

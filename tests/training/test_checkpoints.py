@@ -92,8 +92,8 @@ def test_best_is_another_name_or_a_copy_of_last(folder: Path, monkeypatch: pytes
             raise OSError("no hard links on this file system")
 
         monkeypatch.setattr(checkpoints.os, "link", link)
-    checkpoints._link(folder / "previous.ckpt", folder / "best.ckpt")
-    checkpoints._link(folder / "last.ckpt", folder / "best.ckpt")  # over an older one
+    checkpoints.link(folder / "previous.ckpt", folder / "best.ckpt")
+    checkpoints.link(folder / "last.ckpt", folder / "best.ckpt")  # over an older one
     assert (folder / "best.ckpt").samefile(folder / "last.ckpt") == links
     AtomicCheckpointIO().save_checkpoint(content(3.0), folder / "last.ckpt")
     assert (value(folder / "last.ckpt"), value(folder / "best.ckpt")) == (3.0, 2.0)
@@ -110,11 +110,11 @@ def test_a_copy_that_fails_leaves_the_best_there_was(folder: Path, monkeypatch: 
         target.write_bytes(bytes(100))
         raise OSError(28, "No space left on device")
 
-    checkpoints._link(folder / "previous.ckpt", folder / "best.ckpt")
+    checkpoints.link(folder / "previous.ckpt", folder / "best.ckpt")
     monkeypatch.setattr(checkpoints.os, "link", link)
     monkeypatch.setattr(checkpoints.shutil, "copyfile", copyfile)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints._link(folder / "last.ckpt", folder / "best.ckpt")
+        checkpoints.link(folder / "last.ckpt", folder / "best.ckpt")
     assert files(folder) == ["best.ckpt", "last.ckpt", "previous.ckpt"] and value(folder / "best.ckpt") == 1.0
 
 
