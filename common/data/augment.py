@@ -33,7 +33,7 @@ FLIP, JITTER, FACTORS, ORDER, GREY, DRAWS = (
     BOX_DRAWS, BOX_DRAWS + 1, slice(BOX_DRAWS + 2, BOX_DRAWS + 6), slice(BOX_DRAWS + 6, BOX_DRAWS + 10),
     BOX_DRAWS + 10, BOX_DRAWS + 11,
 )  # fmt: skip
-PIECE, SQUARES = 128, 32  # images of about 32x32, and of 96x96, that fit a core's cache together
+PIECE, SQUARES = 128, 16  # images of about 32x32, and of 96x96, that fit a core's cache together
 
 
 @dataclass(frozen=True)
