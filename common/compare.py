@@ -50,8 +50,8 @@ def markdown(comparison: Comparison) -> str:
 
 def literal(text: str) -> str:
     """What a run has left in its folder, as Markdown and HTML show it: no markup, whatever it looks like."""
-    marks = re.compile(r"[\\*`|]|\b_|_\b|(?<=\])\(")
-    return marks.sub(r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    escaped = re.sub(r"[\\*`|]|\b_|_\b|(?<=\])\(", r"\\\g<0>", " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _line(cells) -> str:

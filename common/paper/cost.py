@@ -78,8 +78,8 @@ def computed(start: Start) -> Price:
     module, data, net = _built(start)
     images = data.without_files()
     epochs = start.parsed().options.trainer.max_epochs
-    for before in start.trained_before:
-        epochs -= before.parsed().options.trainer.max_epochs
+    if start.before:
+        epochs -= start.before.parsed().options.trainer.max_epochs
     batch = min(data.batch_size, images)
     cost = module.cost(net)
     tested = module.test_flops(net) if start.judged_by else 0

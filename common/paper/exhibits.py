@@ -125,10 +125,9 @@ class Start:
         return (os.path.relpath(self.arm.config, ROOT), json.dumps(overrides, sort_keys=True), self.seed, sources)
 
     @property
-    def trained_before(self) -> list[Start]:
-        """The run that this one goes on from, or is a copy of."""
-        before = self.sources.get("copy_of") or self.sources.get("continue_from")
-        return [before] if before else []
+    def before(self) -> Start | None:
+        """The run that this one is a copy of or goes on from, whose training is no part of its own."""
+        return self.sources.get("copy_of") or self.sources.get("continue_from")
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -33,7 +33,9 @@ def state(start: Start) -> str:
 
 
 def own_seconds(start: Start) -> float:
-    """What a run's own training took, without that of the run which it goes on from or is a copy of."""
-    seconds, *before = (read_run(each.located[0]).results.get("train_seconds") or 0
-                        for each in (start, *start.trained_before))
-    return max(seconds - sum(before), 0.0)
+    """What a run's own training took."""
+
+    def told(start: Start) -> float:
+        return read_run(start.located[0]).results.get("train_seconds") or 0.0
+
+    return max(told(start) - told(start.before), 0.0) if start.before else told(start)

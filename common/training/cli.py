@@ -221,10 +221,7 @@ class StudyCLI(LightningCLI):
             self.checkpoint = self._continued()
             self._check_source()
             return
-        run.refuse_another_config(self.folder, self.resolved)
-        run.refuse_another_axis(self.folder, self.options.x_axis)
-        results = run.read_results(self.folder)
-        run.refuse_changed_source(self.folder, results)
+        results = run.own_results(self.folder, self.resolved)
         if results.get("status") == "finished":
             rank_zero_only(print)(f"finished: {self.folder}, epoch {results.get('epoch')}; "
                                   "train it anew with --overwrite, or on with --continue_from")

@@ -17,9 +17,10 @@ from common.training.events import Events
 from common.training.run import (
     discard,
     log_hyperparameters,
+    own_results,
     read_config,
     read_results,
-    refuse_another_config,
+    refuse_another_axis,
     refuse_changed_source,
 )
 
@@ -40,17 +41,14 @@ def copy(source: Path, folder: Path, config: dict[str, Any], overwrite: bool = F
     """
     if folder.resolve() == source.resolve():
         raise InputError(f"--copy_of: {source} is the run itself; choose another --run_name")
-    if not overwrite:
-        refuse_another_config(folder, config)
-        there = read_results(folder)
-        refuse_changed_source(folder, there)
-        if there.get("status") == "finished":
-            print(f"finished: {folder}, a copy of {source}; make it anew with --overwrite")
-            return
+    if not overwrite and own_results(folder, config).get("status") == "finished":
+        print(f"finished: {folder}, a copy of {source}; make it anew with --overwrite")
+        return
     if not (source / "config.yaml").is_file():
         raise InputError(f"--copy_of: {source} is no run folder")
     results, checkpoint = read_results(source), source / "checkpoints" / LAST
     refuse_changed_source(source, results)
+    refuse_another_axis(source, config["x_axis"])  # the copy's points are put where the source's are
     if results.get("status") != "finished":
         raise InputError(f"--copy_of: {source} is not a finished run ({results.get('status')})")
     if reason := damage(checkpoint):

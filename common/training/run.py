@@ -83,6 +83,19 @@ def refuse_changed_source(folder: Path, results: dict[str, Any]) -> None:
                          "it anew too, with --overwrite, or choose another --run_name")
 
 
+def own_results(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a run of this config has left in its folder so far; {} where there is nothing yet.
+
+    Raises:
+        InputError: the folder is another run's, or of no use any more.
+    """
+    refuse_another_config(folder, config)
+    refuse_another_axis(folder, config["x_axis"])
+    results = read_results(folder)
+    refuse_changed_source(folder, results)
+    return results
+
+
 def restarted(folder: Path) -> bool:
     """Whether Slurm has started this job again, and the run in this folder is that of its earlier starts."""
     if not int(os.environ.get("SLURM_RESTART_COUNT", 0)):

@@ -285,6 +285,7 @@ def test_a_copy_of_a_run_is_tested_otherwise(
         (["--run_name", "e", "--copy_of", ""], "is no run folder"),
         (["--run_name", "a"], "--copy_of: runs/diffusion/a is the run itself; choose another --run_name"),
         (["--copy_of", "runs/diffusion/c"], "b holds a run of another config (copy_of: runs/diffusion/a"),
+        (["--run_name", "e", "--x_axis", "images"], "but the curves in runs/diffusion/a are over step"),
         (["--run_name", "e", "--model.patch_size", "2"], "was trained otherwise: model.patch_size: 4 there, 2 here"),
     ]:
         outcome = generation("fit", *copy, *options)
