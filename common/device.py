@@ -54,3 +54,8 @@ def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 def has_bf16() -> bool:
     """Whether the CPU multiplies in bf16; others only imitate it, many times slower."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def bf16_without_matrix_unit() -> bool:
+    """Whether the CPU multiplies in bf16 with its vectors alone (AVX-512), and not in tiles (AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()

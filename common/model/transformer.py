@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.model.blocked_attention import attend
+
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -30,7 +32,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` (B, N) is true for the tokens that are attended to; without one, all are."""
         keys = None if mask is None else mask[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(*self.split(x), attn_mask=keys).transpose(1, 2).flatten(2))
+        return self.proj(attend(*self.split(x), keys).transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, N, K)."""

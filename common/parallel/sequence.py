@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from common.errors import InputError
+from common.model.blocked_attention import attend
 from common.model.transformer import Attention, block_lists
 from common.parallel.replicas import ReplicasStrategy
 
@@ -109,13 +109,13 @@ class SequenceAttention(Attention):
         if self.heads % self.tokens.devices == 0:
             qkv = self.tokens.for_heads(torch.cat([q.to(v), k.to(v), v], dim=3))
             q, k, v = (part.transpose(1, 2) for part in qkv.chunk(3, dim=3))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+            out = attend(q, k, v, keys)
             out = self.tokens.from_heads(out.transpose(1, 2))
         else:
             kv = self.tokens.gathered(torch.cat([k.to(v), v], dim=3))
             k, v = (part.transpose(1, 2) for part in kv.chunk(2, dim=3))
             q = q.to(v).contiguous().transpose(1, 2)  # a view would keep this device's keys and values as well
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2)
+            out = attend(q, k, v, keys).transpose(1, 2)
         return self.proj(out.flatten(2))
 
 

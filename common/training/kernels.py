@@ -1,4 +1,4 @@
-"""Which attention kernel torch chooses: it depends on device, shape, precision and mask, and decides the speed."""
+"""Which attention kernel runs: it depends on device, shape, precision and mask, and decides the speed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from common.model.blocked_attention import attend
 from common.model.transformer import Attention, block_lists
 
 
@@ -32,7 +32,7 @@ def attention_kernels(
 
 
 def _kernel(x: torch.Tensor, mask: torch.Tensor | None) -> str:
-    """As the backward of its result is called: ScaledDotProductFlashAttentionForCpuBackward0."""
-    name = F.scaled_dot_product_attention(x, x, x, attn_mask=mask).grad_fn.name()
-    fused = re.match(r"ScaledDotProduct(\w+?)Attention", name)
+    """Told by its backward's name: ScaledDotProductFlashAttentionForCpuBackward0, or BlockedAttentionBackward."""
+    name = attend(x, x, x, mask).grad_fn.name()
+    fused = re.match(r"(?:ScaledDotProduct)?(\w+?)Attention", name)
     return fused[1].lower() if fused else "math"

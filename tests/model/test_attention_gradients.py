@@ -1,4 +1,4 @@
-"""Outputs and gradients of the attention kernels that torch may choose, against its plain one in double precision."""
+"""Outputs and gradients of the attention kernels that may run, against torch's plain one in double precision."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.benchmark.memory import kept_bytes
+from common.model import blocked_attention
+from common.model.blocked_attention import LARGEST, BlockedAttention, attend
 from common.model.transformer import Attention
 
 # All sequences of the configs, and those beside them: fused kernels work in tiles of powers of two.
@@ -62,11 +65,83 @@ def errors(tokens: int, head: int, backend: SDPBackend, precision: str, device: 
     return torch.stack(whole).max().item(), torch.stack(token).max().item()
 
 
+@pytest.fixture
+def matrix_unit(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Tells the suite that this CPU multiplies in bf16, and has a matrix unit or none."""
+    return lambda there: monkeypatch.setattr(blocked_attention, "bf16_without_matrix_unit", lambda: not there)
+
+
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("tokens, head", SHAPES)
-def test_the_fused_kernel_of_a_cpu(tokens, head, precision):
+def test_the_fused_kernel_of_a_cpu(tokens, head, precision, matrix_unit):
+    matrix_unit(True)
     whole, token = errors(tokens, head, SDPBackend.FLASH_ATTENTION, precision, "cpu")
     assert whole < BOUNDS[precision][0] and token < BOUNDS[precision][1]
+
+
+@pytest.mark.parametrize("tokens, head", [shape for shape in SHAPES if shape[0] ** 2 <= LARGEST and shape[0] != MASKED])
+def test_attention_in_blocks(tokens, head, matrix_unit, monkeypatch):
+    matrix_unit(False)
+    reference(tokens, head, "cpu")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # it is not what runs
+    whole, token = errors(tokens, head, SDPBackend.MATH, "bf16-mixed", "cpu")
+    assert whole < BOUNDS["bf16-mixed"][0] and token < BOUNDS["bf16-mixed"][1]
+
+
+@pytest.mark.parametrize("held", [1, 2 * 5 * 7, 5 * 5 * 7, 1000])
+def test_blocks_of_any_size_are_plain_attention(held, monkeypatch):
+    """Of one head, of two or five of the six, so that the last block is another, and of all; in double precision."""
+    monkeypatch.setattr(blocked_attention, "HELD", held)
+    generator = torch.Generator().manual_seed(held)
+    q, k, v = (torch.randn(2, tokens, 3, 4, generator=generator).double().transpose(1, 2).requires_grad_()
+               for tokens in (5, 7, 7))  # fmt: skip
+    gradient = torch.randn(2, 5, 3, 4, generator=generator).double().transpose(1, 2)
+    found = BlockedAttention.apply(q, k, v)
+    expected = (q @ k.mT / 2).softmax(dim=-1) @ v
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    for ours, plain in zip(*(torch.autograd.grad(out, (q, k, v), gradient) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-13)
+
+
+def test_blocks_keep_nothing_but_their_inputs():
+    q, k, v = (torch.randn(2, 3, 64, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept_bytes(lambda: BlockedAttention.apply(q, k, v), []) == 3 * 2 * 3 * 64 * 8 * 2
+
+
+@pytest.mark.parametrize("precision, dtype, unit, masked, tokens, blocks", [
+    ("bf16-mixed", torch.float32, False, False, 64, True),
+    ("bf16-mixed", torch.float32, False, False, 2048, True),
+    ("bf16-mixed", torch.float32, False, False, 2049, False),
+    ("bf16-mixed", torch.float32, False, True, 64, False),
+    ("bf16-mixed", torch.float32, True, False, 64, False),
+    ("32-true", torch.float32, False, False, 64, False),
+    ("32-true", torch.bfloat16, False, False, 64, True),
+    ("64-true", torch.float64, False, False, 64, False),
+])  # fmt: skip
+def test_blocks_where_they_are_the_faster(precision, dtype, unit, masked, tokens, blocks, matrix_unit):
+    matrix_unit(unit)
+    x = torch.randn(1, 1, tokens, 8, dtype=dtype, requires_grad=True)
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if masked else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        out = attend(x, x, x, mask)
+    assert ("Blocked" in out.grad_fn.name()) == blocks
+    assert out.dtype == (torch.bfloat16 if precision == "bf16-mixed" else dtype)
+    out.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+def test_a_compiled_block_has_torch_s(matrix_unit):
+    matrix_unit(False)
+    q = torch.randn(1, 2, 16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = torch.export.export(Attending(), (q, q, q)).graph
+    assert any("scaled_dot_product" in str(node.target) for node in graph.nodes)
+
+
+class Attending(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v)
 
 
 @pytest.mark.gpu

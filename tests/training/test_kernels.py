@@ -22,6 +22,14 @@ def test_it_is_the_one_that_torch_is_held_to(backend, name, masked):
         assert attention_kernels(net, 65, masked, CPU, contextlib.nullcontext()) == name
 
 
+def test_it_is_that_in_blocks(monkeypatch):
+    monkeypatch.setattr("common.model.blocked_attention.bf16_without_matrix_unit", lambda: True)
+    with torch.device("meta"):
+        net = VisionTransformer(8, 1, size="nano")
+    assert attention_kernels(net, 65, False, CPU, torch.autocast("cpu", torch.bfloat16)) == "blocked"
+    assert attention_kernels(net, 65, False, CPU, contextlib.nullcontext()) == "flash"
+
+
 def test_heads_of_unlike_widths_are_asked_apart(monkeypatch):
     net = MaskedAutoencoder(8, 1, size="nano", decoder_width=32, decoder_heads=2, decoder_depth=1)
     asked = []

@@ -1,0 +1,81 @@
+"""Which attention a block runs: torch's, but in bf16 on a CPU that has no matrix unit.
+
+There torch's fused kernel takes as long in bf16 as in fp32, while a matrix product takes half; see RESULTS.md.
+
+Shapes: B batch, H heads, N queries, M keys, K channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd import Function
+
+from common.device import bf16_without_matrix_unit
+
+# Entries of the attention maps that are there at once: 1 MB, which stays in a core's cache.
+HELD = 2**19
+# A map of more (2,048 tokens) is far beyond a cache, and torch's kernel, which cuts it, is no slower.
+LARGEST = 2**22
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of queries (B, H, N, K) to keys and values (B, H, M, K): (B, H, N, K).
+
+    `mask`, which broadcasts to (B, H, N, M), is true where a key is attended to; without one, all are.
+    """
+    if mask is None and blocked(q, k, v):
+        return BlockedAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def blocked(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether attention in blocks of heads is the faster one."""
+    if v.device.type != "cpu" or torch.compiler.is_compiling() or q.shape[2] * k.shape[2] > LARGEST:
+        return False
+    precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else v.dtype
+    return precision == torch.bfloat16 and bf16_without_matrix_unit()
+
+
+class BlockedAttention(Function):
+    """Plain attention, a few heads at a time; the backward computes the maps anew, as fused kernels do."""
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for q_i, k_i, v_i, out_i in _blocks(q, k, v, out):
+            torch.bmm(_maps(q_i, k_i), v_i, out=out_i)
+        return out
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        for q, k, v, d_o, d_q, d_k, d_v in _blocks(*inputs, d_out, *gradients):
+            maps = _maps(q, k)
+            torch.bmm(maps.mT, d_o, out=d_v)
+            d_logits = torch.ops.aten._softmax_backward_data(d_o @ v.mT, maps, -1, maps.dtype).mul_(_scale(q))
+            torch.bmm(d_logits, k, out=d_q)
+            torch.bmm(d_logits.mT, q, out=d_k)
+        return tuple(gradients)
+
+
+def _blocks(q: Tensor, k: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Each (heads, tokens, K), of as many heads of the batch as are there at once."""
+    heads = max(1, HELD // (q.shape[2] * k.shape[2]))
+    return zip(*(x.flatten(0, 1).split(heads) for x in (q, k, *others)), strict=True)
+
+
+def _maps(q: Tensor, k: Tensor) -> Tensor:
+    return torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=_scale(q)).softmax(dim=-1)
+
+
+def _scale(q: Tensor) -> float:
+    return q.shape[-1] ** -0.5
