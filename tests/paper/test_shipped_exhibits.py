@@ -77,16 +77,19 @@ def test_diffusion_exhibits():
     """T6 goes on from the runs of T5, which F3 draws; all of the demo's are of one autoencoder and one classifier."""
     exhibits = read_exhibits()
     assert {name: exhibits[name].values for name in DIFFUSION_IDS} == {
-        "T5": {"L/2 unguided": 8.90}, "T6": {"L/1": 2.68, "L/2": 2.89}, "F3": {}}
+        "T5": {"L/2 unguided": 8.90, "XL/2 unguided": 10.67}, "T6": {"L/1": 2.68, "L/2": 2.89}, "F3": {}}
     for scale, compared in [("demo", ["nano/2", "nano/1"]), ("gpu", ["T/2", "T/1"]), ("paper", ["L/2", "L/1"])]:
         arms = {name: {start.arm.name: start for start in exhibits[name].scale(scale).compared()}
                 for name in DIFFUSION_IDS}
-        unguided = arms["T5"].pop("L/2 unguided", None)
+        unguided, original = (arms["T5"].pop(arm, None) for arm in ("L/2 unguided", "XL/2 unguided"))
         assert all(list(arms[name]) == compared for name in DIFFUSION_IDS)
         if scale == "paper":
             assert unguided.sampling == arms["T5"]["L/2"].sampling | {"guidance": 1}
             assert unguided.sources["copy_of"].shown("fit") == arms["T5"]["L/2"].shown("fit")
             assert price(unguided)._replace(test_flops=0).flops == 0
+            # 118.64 G multiply-adds a forward by its paper (DiT, Table 4), which counts matrix products of tokens.
+            assert original.sampling == unguided.sampling and price(original).images == 470 * 5004 * 256
+            assert price(original).training_flops == pytest.approx(3 * 2 * 118.64e9, rel=0.01)
         for arm, start in arms["T5"].items():
             assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
             before = arms["T6"][arm].sources["continue_from"]
