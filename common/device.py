@@ -58,4 +58,4 @@ def has_bf16() -> bool:
 
 def bf16_without_matrix_unit() -> bool:
     """Whether the CPU multiplies in bf16 with its vectors alone (AVX-512), and not in tiles (AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return has_bf16() and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()

@@ -108,13 +108,32 @@ class RandomLatents(GlobalBatchData):
 
 
 class TimedGeneration(Generation):
-    """Generation whose step is timed: on data that no autoencoder has made."""
+    """Generation on data that no autoencoder has made, before each of whose steps a plain loop takes one of its own.
+
+    Both sides of a pair of steps are thus on the machine as it is at that moment. `seconds` per step are means, since
+    the Trainer logs in some steps and not in others; the first pair is left out, in which both set themselves up.
+    """
 
     data_class = RandomLatents
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._plain, self._sums = plain_steps(self, self.trainer.datamodule), {"plain loop": 0.0, "Trainer": 0.0}
+
+    def training_step(self, batch: dict[str, Tensor], i: int) -> Tensor:
+        ended = time.perf_counter()  # from the end of the plain step before, with all that a Trainer does in between
+        next(self._plain)
+        begins = time.perf_counter()
+        if i >= 2:
+            self._sums["Trainer"] += ended - self._began
+            self._sums["plain loop"] += begins - ended
+            self.seconds = {side: seconds / (i - 1) for side, seconds in self._sums.items()}
+        self._began = begins
+        return super().training_step(batch, i)
+
 
 def trained(patch_size: int, steps: int, size: str = "nano") -> StudyCLI:
-    """`fit` for one epoch, in a run folder that is gone afterwards."""
+    """`fit` for one epoch, in turns with the plain loop, in a run folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as runs:
         return fit("diffusion", runs, "step", *RECIPE, "--model=diffusion.benchmark.TimedGeneration",
                    f"--model.size={size}", f"--model.patch_size={patch_size}",
@@ -122,14 +141,14 @@ def trained(patch_size: int, steps: int, size: str = "nano") -> StudyCLI:
                    f"--trainer.precision={'bf16-mixed' if has_bf16() else '32-true'}")  # fmt: skip
 
 
-def plain_loop(module: Generation, data: RandomLatents) -> float:
-    """Seconds per step of the same training in the loop that one would write by hand."""
+def plain_steps(module: Generation, data: RandomLatents) -> Iterator[None]:
+    """The steps of the same training in the loop that one would write by hand."""
     recipe, process, images = module.optim, module.process, data.sets["train"]
     net = module.build(data)
     weights, average = list(net.parameters()), list(copy.deepcopy(net).parameters())
     optimizer = AdamW(weights, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    with without_lightning():
-        for step, chosen in enumerate(torch.randperm(len(images)).split(BATCH)):
+    for chosen in torch.randperm(len(images)).split(BATCH):
+        with without_lightning():
             x0, labels = images.latents[chosen], images.labels[chosen]
             t, noise, drops = torch.randint(process.steps, (BATCH,)), torch.randn_like(x0), torch.rand(BATCH)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
@@ -141,22 +160,16 @@ def plain_loop(module: Generation, data: RandomLatents) -> float:
             optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(average, weights, 1 - recipe.ema)
-            if step == 0:
-                start = time.perf_counter()
-        return (time.perf_counter() - start) / step
+        yield
 
 
 def measure_step(patch_size: int, steps: int, rounds: int, size: str = "nano") -> tuple[str, ...]:
-    """A row of the table; a round is a whole run of the Trainer and of the plain loop."""
-    cli = trained(patch_size, steps, size)  # imports and first calls are over before the clock runs
-    seconds = interleaved({
-        "plain loop": lambda: plain_loop(cli.model, cli.datamodule),
-        "Trainer": lambda: trained(patch_size, steps, size).model.seconds,
-    }, rounds)  # fmt: skip
+    """A row of the table; a round is a run of the Trainer, in turns with the plain loop."""
+    trained(patch_size, steps, size)  # imports and first calls are over before the clock runs
+    plain, own = zip(*(trained(patch_size, steps, size).model.seconds.values() for _ in range(rounds)), strict=True)
     return (
         f"{size}/{patch_size}", f"{SIDE}x{SIDE}x{CHANNELS}", str(BATCH),
-        *(f"{1e3 * statistics.median(values):.1f}" for values in seconds.values()),
-        f"{ratios(seconds['plain loop'], seconds['Trainer']):.3f}",
+        *(f"{1e3 * statistics.median(values):.1f}" for values in (plain, own)), f"{ratios(plain, own):.3f}",
     )  # fmt: skip
 
 
@@ -330,7 +343,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = options_of(arguments)
     prepare_device(options, ON_GPU)
-    check_counts(options, rounds=1, threads=1, steps=2, side=2, batch=1, samples=1, solver_steps=2, images=2,
+    check_counts(options, rounds=1, threads=1, steps=3, side=2, batch=1, samples=1, solver_steps=2, images=2,
                  generated=NEIGHBOUR + 1, references=NEIGHBOUR + 1, analysed=1)
     torch.set_num_threads(options.threads)
     quieten()

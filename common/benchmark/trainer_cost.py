@@ -25,6 +25,7 @@ from common.training.module import Cost, Experiment
 
 BATCH = 128  # the demo's
 PATCH, SIDE, VIT_BATCH, VIT_STEPS = 2, 32, 1, 6  # of ViT-T: a second of steps or two; more images would hide more
+CLOCK = f"--trainer.callbacks={__name__}.Clock"
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 MEMORY, LOADER, TRAINER = ("plain, batches in memory", "plain, batches from the suite's loader",
                            "Trainer, as the command line sets it up")
@@ -104,14 +105,11 @@ class NullData(GlobalBatchData):
 
 
 def fit(study: str, runs: str | Path, name: str, *options: str) -> StudyCLI:
-    """`fit` of a study with these options for one epoch on the CPU, without validation, into a run of that name; its
-    module has the `seconds` of a step.
-    """
+    """`fit` of a study with these options for one epoch on the CPU, without validation, into a run of that name."""
     with redirect_stdout(io.StringIO()):  # its recipe is nobody's
         return StudyCLI(study, [
             "fit", *options, "--runs", str(runs), "--run_name", name,
             "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0",
-            f"--trainer.callbacks={__name__}.Clock",
         ])  # fmt: skip
 
 
@@ -119,7 +117,7 @@ def fitted(steps: int) -> StudyCLI:
     """`fit` of the null model for one epoch, in a run folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as runs:
         return fit("common.benchmark", runs, "nothing", f"--model={__name__}.NullExperiment", "--model.optim.lr=1e-3",
-                   f"--data={__name__}.NullData", f"--data.steps={steps}")
+                   f"--data={__name__}.NullData", f"--data.steps={steps}", CLOCK)
 
 
 def fitted_vit() -> StudyCLI:
@@ -129,7 +127,7 @@ def fitted_vit() -> StudyCLI:
                    f"--model.patch_size={PATCH}", "--model.optim.lr=1e-3", "--data=common.data.ImageData",
                    "--data.source=common.data.Shapes", f"--data.source.size={SIDE}",
                    f"--data.source.train={VIT_BATCH * VIT_STEPS}", f"--data.image_size={SIDE}",
-                   f"--data.batch_size={VIT_BATCH}", f"--trainer.log_every_n_steps={VIT_STEPS}")  # fmt: skip
+                   f"--data.batch_size={VIT_BATCH}", f"--trainer.log_every_n_steps={VIT_STEPS}", CLOCK)  # fmt: skip
 
 
 def plain_loop(module: Experiment, batches: Iterable[dict[str, Tensor]]) -> float:

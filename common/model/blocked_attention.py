@@ -1,6 +1,7 @@
-"""Which attention a block runs: torch's, but in bf16 on a CPU that has no matrix unit.
+"""Which attention a block runs: torch's fused one, but plain attention in bf16 on a CPU that has no matrix unit.
 
-There torch's fused kernel takes as long in bf16 as in fp32, while a matrix product takes half; see RESULTS.md.
+There torch's takes as long in bf16 as in fp32, while a matrix product takes half of that (RESULTS.md, Speed on CPU).
+Plain attention rounds its logits to bf16, which the fused one keeps in fp32.
 
 Shapes: B batch, H heads, N queries, M keys, K channels of a head.
 """
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from common.device import bf16_without_matrix_unit
 
-# Entries of the attention maps that are there at once: 1 MB, which stays in a core's cache.
+# Entries of the attention maps that are computed at once, of one head at the least: 1 MB, a core's cache.
 HELD = 2**19
-# A map of more (2,048 tokens) is far beyond a cache, and torch's kernel, which cuts it, is no slower.
-LARGEST = 2**22
+# Of a map beyond this (1,448 tokens) torch's kernel, which cuts a map in pieces, is no slower.
+LARGEST = 2**21
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -48,13 +50,14 @@ class BlockedAttention(Function):
     @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(*q.shape[:3], v.shape[3])
         for q_i, k_i, v_i, out_i in _blocks(q, k, v, out):
             torch.bmm(_maps(q_i, k_i), v_i, out=out_i)
         return out
 
     @staticmethod
     @custom_bwd(device_type="cpu")
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -68,7 +71,12 @@ class BlockedAttention(Function):
 
 
 def _blocks(q: Tensor, k: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
-    """Each (heads, tokens, K), of as many heads of the batch as are there at once."""
+    """Each (heads, tokens, K), of as many heads of the batch as are computed at once.
+
+    Keys that are all moved alike have the same softmax and all the same gradients; without what they have in common the
+    logits are small, and so is what rounding takes from them.
+    """
+    k = k - k.mean(dim=2, keepdim=True)
     heads = max(1, HELD // (q.shape[2] * k.shape[2]))
     return zip(*(x.flatten(0, 1).split(heads) for x in (q, k, *others)), strict=True)
 

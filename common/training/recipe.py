@@ -51,7 +51,7 @@ def effective_recipe(trainer: L.Trainer, module: Experiment, data: GlobalBatchDa
 def _attention(trainer: L.Trainer, module: Experiment, tokens: int) -> dict[str, str]:
     prefix = getattr(module.backbone(module.net), "num_prefix_tokens", 0)
     kernels = attention_kernels(module.net, prefix + tokens, module.masked, trainer.strategy.root_device,
-                                trainer.precision_plugin.forward_context())
+                                trainer.precision_plugin.forward_context(), module.compiled)
     return {"attention kernel": kernels} if kernels else {}
 
 

@@ -2,7 +2,6 @@
 
 import mmap
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from common.randomness import permutation, seeded
 from common.training.checkpoints import Checkpoints
 from common.training.curves import Curves
 from common.training.ema import EMA
+from common.training.optim import Recipe
 from common.training.progress import Progress
 from common.training.run import RunFolder
 from diffusion import benchmark, generation, metrics_cost, peers
@@ -57,7 +57,8 @@ def test_the_trainer_is_that_of_the_command_line(tmp_path: Path, monkeypatch: py
     cli = benchmark.trained(2, STEPS)
     assert not list(tmp_path.iterdir()), "the run folder was left behind"
     trainer = cli.trainer
-    assert trainer.global_step == STEPS and cli.model.seconds > 0 and trainer.precision == "bf16-mixed"
+    assert trainer.global_step == STEPS and trainer.precision == "bf16-mixed"
+    assert list(cli.model.seconds) == ["plain loop", "Trainer"] and min(cli.model.seconds.values()) > 0
     for callback in (Curves, Progress, RunFolder, Checkpoints, EMA):
         assert any(isinstance(one, callback) for one in trainer.callbacks), callback
     assert trainer.logger is not None and cli.model.average is not None
@@ -85,6 +86,7 @@ def test_the_plain_loop_takes_the_trainers_steps(monkeypatch: pytest.MonkeyPatch
         suite.setattr(generation, "normal", lambda *_, n: noise.view(-1, n))
         suite.setattr(TimedGeneration, "draws", lambda *_: dropped[:, None])
         suite.setattr("common.training.recipe.attention_kernels", lambda *_: "")  # told by running one
+        suite.setattr(benchmark, "plain_steps", lambda *_: iter(range(STEPS)))  # not in turns
         with FlopCounterMode(display=False) as flops_of_trainer:
             cli = benchmark.trained(2, STEPS)
     assert lerps == pytest.approx([0.01] * (STEPS - 1))  # the first update copies
@@ -96,7 +98,7 @@ def test_the_plain_loop_takes_the_trainers_steps(monkeypatch: pytest.MonkeyPatch
         plain.setattr(torch, "randint", lambda most, _: (dropped * most).long())
         plain.setattr(torch, "randperm", lambda n: permutation("order", 0, 0, n=n))
         plain.setattr(benchmark, "AdamW", remembered)
-        assert benchmark.plain_loop(cli.model, cli.datamodule) > 0
+        assert len(list(benchmark.plain_steps(cli.model, cli.datamodule))) == STEPS
     assert lerps == pytest.approx([0.01] * STEPS)
 
     assert flops_of_trainer.get_total_flops() == flops_of_loop.get_total_flops() > 0
@@ -110,27 +112,50 @@ def test_the_plain_loop_takes_the_trainers_steps(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("bf16, precision, numbers", [(True, "bf16-mixed", torch.bfloat16),
                                                       (False, "32-true", torch.float32)])
-def test_the_plain_loop_has_the_trainers_precision_and_is_timed_after_its_first_step(
+def test_the_plain_loop_has_the_trainers_precision(
     bf16: bool, precision: str, numbers: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "has_bf16", lambda: bf16)
-    cli = benchmark.trained(2, STEPS)
-    assert cli.trainer.precision == precision
-    seen, build = [], cli.model.build
+    seen, build = [], TimedGeneration.build
 
-    def watched(data):
-        net = build(data)
-        net.blocks[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    def watched(module, data):
+        net, side = build(module, data), []
+        net.blocks[0].mlp.register_forward_hook(lambda _, __, out: side.append(out.dtype))
+        seen.append(side)
         return net
 
-    monkeypatch.setattr(cli.model, "build", watched)
-    monkeypatch.setattr(time, "perf_counter", lambda: 5.0 * len(seen))  # a forward takes 5 s, and nothing else does
-    assert benchmark.plain_loop(cli.model, cli.datamodule) == 5.0
-    assert seen == [numbers] * STEPS
+    monkeypatch.setattr(TimedGeneration, "build", watched)
+    monkeypatch.setattr("common.training.recipe.attention_kernels", lambda *_: "")
+    assert benchmark.trained(2, STEPS).trainer.precision == precision
+    assert [side for side in seen if side] == [[numbers] * STEPS] * 2  # others are built for their cost alone
 
 
-def test_row_of_the_step(fake_seconds) -> None:
-    fake_seconds([0.1, 0.3, 0.4], [0.2, 0.3, 0.6])
+def test_both_sides_are_timed_apart_and_after_their_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock.now)
+
+    def passes(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(benchmark, "plain_steps", lambda *_: map(passes, [50.0, 60.0, 2.0, 3.0, 7.0]))
+    between = iter([80.0, 4.0, 5.0, 12.0, 90.0])  # what follows the last step is not its own
+    monkeypatch.setattr(generation.Generation, "training_step", lambda *_: passes(next(between)))
+    module = TimedGeneration(Recipe(lr=1e-3))
+    module.trainer = SimpleNamespace(datamodule=None)
+    module.on_train_start()
+    for i in range(5):
+        module.training_step({}, i)
+    assert module.seconds == {"plain loop": 4.0, "Trainer": 7.0}
+
+
+def test_row_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = iter([(9.0, 9.0), (0.1, 0.2), (0.3, 0.3), (0.4, 0.6)])  # the first run is not counted
+
+    def trained(*given) -> SimpleNamespace:
+        plain, own = next(pairs)
+        return SimpleNamespace(model=SimpleNamespace(seconds={"plain loop": plain, "Trainer": own}))
+
+    monkeypatch.setattr(benchmark, "trained", trained)
     row = dict(zip(STEP_COLUMNS, benchmark.measure_step(2, 2, rounds=3), strict=True))
     assert (row["model"], row["latents"], row["batch"]) == ("nano/2", "8x8x4", "8")
     assert (row["plain loop ms"], row["Trainer ms"]) == ("300.0", "300.0")
@@ -398,7 +423,7 @@ def cells(line: str) -> list[str]:
 
 def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture) -> None:
     threads = torch.get_num_threads()
-    arguments = ["all", "--rounds", "1", "--steps", "2", "--samples", "2", "--solver_steps", "3", "--batch", "2"]
+    arguments = ["all", "--rounds", "1", "--steps", "3", "--samples", "2", "--solver_steps", "3", "--batch", "2"]
     try:
         assert main(arguments) == 0
     finally:
@@ -415,7 +440,7 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
         "nano/1", "nano/2", "/1, 4 x 48", "/2, 4 x 48", "vq", "kl", "/1, 4 x 48", "/2, 4 x 48"]
 
 
-@pytest.mark.parametrize("option, least", [("rounds", 1), ("threads", 1), ("steps", 2), ("side", 2), ("batch", 1),
+@pytest.mark.parametrize("option, least", [("rounds", 1), ("threads", 1), ("steps", 3), ("side", 2), ("batch", 1),
                                            ("samples", 1), ("solver_steps", 2), ("images", 2), ("generated", 4),
                                            ("references", 4), ("analysed", 1)])  # fmt: skip
 def test_numbers_that_make_no_sense(option: str, least: int) -> None:

@@ -27,13 +27,14 @@ def test_it_is_that_in_blocks(monkeypatch):
     with torch.device("meta"):
         net = VisionTransformer(8, 1, size="nano")
     assert attention_kernels(net, 65, False, CPU, torch.autocast("cpu", torch.bfloat16)) == "blocked"
+    assert attention_kernels(net, 65, False, CPU, torch.autocast("cpu", torch.bfloat16), compiled=True) == "flash"
     assert attention_kernels(net, 65, False, CPU, contextlib.nullcontext()) == "flash"
 
 
 def test_heads_of_unlike_widths_are_asked_apart(monkeypatch):
     net = MaskedAutoencoder(8, 1, size="nano", decoder_width=32, decoder_heads=2, decoder_depth=1)
     asked = []
-    monkeypatch.setattr("common.training.kernels._kernel", lambda x, mask: asked.append(tuple(x.shape)) or "flash")
+    monkeypatch.setattr("common.training.kernels._kernel", lambda _, x: asked.append(tuple(x.shape)) or "flash")
     assert attention_kernels(net, 65, False, CPU, contextlib.nullcontext()) == "flash"
     assert sorted(asked) == [(1, 2, 65, 16), (1, net.heads, 65, net.width // net.heads)]
 
