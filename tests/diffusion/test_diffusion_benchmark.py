@@ -431,7 +431,7 @@ def test_every_mode_reports_with_its_circumstances(capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     head = output.split("|")[0]
     assert f"`python -m diffusion.benchmark {' '.join(arguments)}`" in head and "medians over 1 rounds" in head
-    assert "under bf16, 2 steps" in head and "2 samples of 8x8x4 in batches of 64, 3 steps of DDIM" in output
+    assert "under bf16, 3 steps" in head and "2 samples of 8x8x4 in batches of 64, 3 steps of DDIM" in output
     rows = [cells(line) for line in output.splitlines() if line.startswith("|")]
     assert len(rows) == 16 and [rows[i] for i in (0, 4, 8, 12)] == [
         list(columns) for columns in (STEP_COLUMNS, peers.COLUMNS, LATENTS_COLUMNS, SAMPLING_COLUMNS)
