@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from common.data import ImageData
 from common.errors import InputError
 from diffusion.features import INCEPTION_FILE, Extractor, Inception, load_classifier, sha256
-from diffusion.image_sets import ImageSet, keys, open_images, pixels, stored_statistics
+from diffusion.image_sets import ImageSet, Prepared, keys, open_images, pixels, stored_statistics
 from diffusion.metrics import NEIGHBOUR, Measurement, ReconstructionDistance, Statistics, refuse_few, scores
 
 
@@ -49,15 +49,16 @@ class Reconstruction:
 
     def record(self, extractor: Extractor, data: ImageData) -> dict[str, Any]:
         """How it was measured, under the names of `evaluate`."""
-        images = len(data.sets["test"])
+        reference = Prepared(data, "test")
         return {
-            "samples": images,
+            "samples": reference.images,
             "image_size": pixels(data.image_size),
             "rounding": "uint8, rounded",
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,
-            "reference": f"the test images of {data.dataset}",
-            "reference_images": images,
+            "reference": reference.name,
+            "reference_sha256": reference.digest(),
+            "reference_images": reference.images,
             "reference_statistics": "of its images",
         }
 

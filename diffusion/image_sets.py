@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -179,15 +179,17 @@ class Archive(ImageSet):
 
 
 class Prepared(ImageSet):
-    """The training images of a data set as an evaluation prepares them: what a generative model should come close to.
+    """The images of a data set as an evaluation prepares them.
 
     Args:
         data: whose source is read; it decides on size, crop and interpolation.
+        split: `train`, what a generative model should come close to, or `test`, what an autoencoder should.
     """
 
-    def __init__(self, data: ImageData) -> None:
-        self.name, self.size, self.channels = f"training images of {data.dataset}", data.image_size, data.channels
-        self.pictures, self._labels = data.source.read(data.root, "train")
+    def __init__(self, data: ImageData, split: Literal["train", "test"] = "train") -> None:
+        self.name = f"{'training' if split == 'train' else split} images of {data.dataset}"
+        self.size, self.channels = data.image_size, data.channels
+        self.pictures, self._labels = data.source.read(data.root, split)
         self.images = len(self.pictures)
         self._preparation = data.image_size, data.eval_crop, data.eval_interpolation
         self._prepare = EvaluationPreparation(*self._preparation)

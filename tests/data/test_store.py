@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import archives
@@ -96,13 +98,16 @@ def test_training_reads_the_store_and_validation_the_files(root, command):
                "nano"]  # fmt: skip
     losses = {}
     for name, more in [("files", []), ("store", ["--data.store", SIZE]),
-                       ("in batches", ["--data.store", SIZE, "--data.augment.rand_augment", "null"])]:
+                       ("in batches", ["--data.store", SIZE, "--data.augment.rand_augment", "null"]),
+                       ("held", ["--data.store", SIZE, "--data.augment.rand_augment", "null", "--data.on_device",
+                                 "true"])]:  # fmt: skip
         outcome = command("fit", "--run_name", name, *options, *more, config=IMAGENET28, small=False)
         assert outcome.code == 0, outcome.err
         results = json.loads((root / "runs" / "supervised" / name / "results.json").read_text())
         losses[name] = results["metrics"]["train/loss"]
     # RandAugment draws by image: the first two see the same pictures, but for the blur.
     assert losses["store"] == pytest.approx(losses["files"], abs=0.05) and losses["store"] != losses["files"]
+    assert losses["held"] == losses["in batches"]  # the device has the whole store, and the loader sends indices
     for shard in (root / f"imagenet-{SIZE}").glob("*.npy"):
         shard.unlink()
     outcome = command("validate", "--run_name", "store", *options, "--data.store", SIZE, config=IMAGENET28, small=False)
@@ -266,7 +271,19 @@ def test_the_command_tells_what_it_made(root):
     done = run("common.data.store", "imagenet", "--size", SIZE, "--root", root, "--workers", "2")
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert "6 images" in done.stdout and f"Train with --data.store {SIZE}" in done.stdout
+    off = re.search(r"differ from the files' by (\S+) of 255 in the mean, (\d+) at most", done.stdout)
+    assert 0 < float(off[1]) < 2 < float(off[2])
     assert "shard 1 of 1" in done.stderr
+
+
+def test_several_processes_write_what_one_does(root, monkeypatch):
+    monkeypatch.setattr("common.data.store.SHARD", 2)
+    written = []
+    for workers in (1, 2):
+        folder = make(ImageNet(), root, SIZE, workers)
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+        shutil.rmtree(folder)
+    assert written[0] == written[1] and len(list(name for name in written[0] if name.endswith(".npy"))) >= 3
 
 
 def test_other_sources(tmp_path, capsys):

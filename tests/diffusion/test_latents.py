@@ -53,14 +53,19 @@ def batches(
     autoencoder: Path, latents: Path | None, epoch: int, split: str = "train", flip: float = 0.5, seed: int = 3
 ) -> dict[str, torch.Tensor]:
     """What a model is given of a few images."""
+    data = attached(autoencoder, latents, split, flip, seed)
+    draws = [Draw(epoch, index, place) for place, index in enumerate(CHOSEN)]
+    return data.on_after_batch_transfer(data.sets[split].__getitems__(draws), 0)
+
+
+def attached(autoencoder: Path, latents: Path | None, split: str, flip: float, seed: int) -> LatentData:
     data = LatentData(Digits(), 8, 128, augment=Augment(flip=flip), autoencoder=str(autoencoder),
                       latents=str(latents) if latents else None)  # fmt: skip
     data.trainer = SimpleNamespace(seed=seed, training=split == "train", predicting=False,
                                    strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data.load_autoencoder()
     data.sets[split] = data.load(split)
-    draws = [Draw(epoch, index, place) for place, index in enumerate(CHOSEN)]
-    return data.on_after_batch_transfer(data.sets[split].__getitems__(draws), 0)
+    return data
 
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])
@@ -77,6 +82,21 @@ def test_cached_latents_are_those_of_images_encoded_as_they_come(tmp_path: Path,
                 torch.testing.assert_close(cached[name], value, atol=1e-5, rtol=1e-4)
     first, second = (batches(autoencoder, tmp_path / "latents", epoch)["image"] for epoch in (0, 1))
     assert not torch.equal(first, second)  # flips
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_what_a_model_generates_is_decoded_as_what_it_was_given_was_encoded(tmp_path: Path, kind: str) -> None:
+    """A model that gave back the latents would give the autoencoder's own reconstructions, whatever the scale."""
+    file = save(tmp_path / "autoencoder.ckpt", kind)
+    content = torch.load(file, weights_only=False)
+    content["state_dict"] |= {"net.scale": torch.tensor(3.0), "net.shift": torch.full((2, 1, 1), 0.5)}
+    torch.save(content, file)
+    net, data = load_autoencoder(str(file)), attached(file, None, "train", 0.0, seed=3)
+    images = Digits().read(Path(), "train").images[torch.tensor(CHOSEN)].float() / 127.5 - 1
+    noise = normal("latent", 3, 1, torch.tensor(CHOSEN), n=2 * 4 * 4).view(8, 2, 4, 4) if kind == "kl" else None
+    with torch.no_grad():
+        expected = net.decode(net.sample(net.moments(images), noise))
+    torch.testing.assert_close(data.decode(batches(file, None, 1, flip=0.0)["image"]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_kl_latents_are_drawn_anew_in_every_epoch(tmp_path: Path) -> None:
@@ -360,6 +380,26 @@ def test_where_latents_come_from_makes_no_other_run(command: Callable, cache: Pa
     few = ["--model.predict.samples", "2", "--model.predict.steps", "2"]
     outcome = command("predict", *options, *few, config=DIGITS, study="diffusion")
     assert outcome.code == 0 and "2 samples -> " in outcome.out, outcome.err
+
+
+def test_an_autoencoder_that_was_trained_anew_is_refused(command: Callable, tmp_path: Path) -> None:
+    """Under the same path: the run's config is the same, and nothing else would tell."""
+    autoencoder = save(tmp_path / "autoencoder.ckpt", "vq")
+    options = [*IMAGES, "--data.autoencoder", autoencoder, "--run_name", "a", "--model.patch_size", "2",
+               "--model.picture_epochs", "0", "--model.predict.samples", "3", "--model.predict.steps", "2"]  # fmt: skip
+    assert command("fit", *options, config=DIGITS, study="diffusion").code == 0
+    last = tmp_path / "runs/diffusion/a/checkpoints/last.ckpt"
+    before = last.read_bytes()
+    save(autoencoder, "vq", seed=1)
+    for stage in ("predict", "validate"):
+        outcome = command(stage, *options, config=DIGITS, study="diffusion")
+        assert outcome.code == 2 and "is not the autoencoder that this run was trained with" in outcome.err, stage
+    longer = ["--run_name", "b", "--trainer.max_epochs", "3", "--continue_from", last.parents[1]]
+    outcome = command("fit", *options, *longer, config=DIGITS, study="diffusion")
+    assert outcome.code == 2 and "is not the autoencoder that this run was trained with" in outcome.err
+    assert last.read_bytes() == before and not list(tmp_path.rglob("*.png"))
+    save(autoencoder, "vq")
+    assert command("predict", *options, config=DIGITS, study="diffusion").code == 0
 
 
 def test_a_model_in_bf16_is_given_and_gives_latents_that_are_coded_in_fp32(

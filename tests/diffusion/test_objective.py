@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.training.optim import Recipe
 from diffusion.autoencoder import Autoencoder
 from diffusion.codebook import CodebookUsage, add_counts, usage
-from diffusion.discriminator import PatchDiscriminator
+from diffusion.discriminator import PatchDiscriminator, adaptive_weight
 from diffusion.objective import Adversary, Objective, Players, Pull, step_cost, weight_gradient
 from diffusion.vqgan import AutoencoderTraining
 
@@ -98,6 +98,21 @@ def test_the_gradient_of_the_adaptive_weight_is_fp32_under_autocast():
     torch.testing.assert_close(weight_gradient(at_output, conv, inputs), expected.float(), rtol=1e-4, atol=1e-7)
     (rounded,) = torch.autograd.grad(loss, conv.weight)
     assert ((rounded - expected).norm() / expected.norm()).item() > 1e-4
+
+
+def test_the_adaptive_weight_is_fp32_under_autocast(monkeypatch):
+    seen = []
+    monkeypatch.setattr("diffusion.objective.weight_gradient",
+                        lambda *given: seen.append(given) or weight_gradient(*given))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = Objective(PLAYING)(players(), pictures(), None, 10)[1]
+    exact = []
+    for at_output, conv, inputs in seen:
+        twin = copy.deepcopy(conv).double()
+        exact += torch.autograd.grad(twin(inputs.detach().double()), twin.weight, at_output.double())
+    weight = terms["adaptive_weight"]
+    assert len(exact) == 2 and 0 < weight < 1e4 and weight.dtype == torch.float32
+    torch.testing.assert_close(weight, adaptive_weight(*exact).float(), rtol=1e-4, atol=0)
 
 
 def test_the_adaptive_weight_is_that_of_the_mean_gradient_over_ranks():

@@ -1,13 +1,16 @@
 """python -m diffusion.side_by_side: samples of several runs below each other."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.command import run_command
+from diffusion.dit import DiT
 from diffusion.side_by_side import main
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
@@ -45,7 +48,16 @@ def test_rows_are_the_runs_samples_of_the_same_classes(fit: Callable, monkeypatc
         def savefig(self, path: Path) -> None:
             path.write_bytes(b"")
 
+    noise, forward = {}, DiT.forward
+
+    def watched(net: DiT, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        noise.setdefault(net.patch_size, x.clone())
+        return forward(net, x, *more)
+
+    monkeypatch.setattr(DiT, "forward", watched)
     assert main([*runs, "--figure", "new/figure.png", *FEW]) == 0
+    one, other = noise.values()
+    assert one.equal(other) and one.std() > 0.5
     assert Path("new/figure.png").exists()
     images, names, title, columns, rows = drawn["arguments"]
     assert rows == ["a", "b"] and columns == 3 and len(names) == 3 and "guidance 4" in title
@@ -53,6 +65,8 @@ def test_rows_are_the_runs_samples_of_the_same_classes(fit: Callable, monkeypatc
     for row, folder in zip(images.split(3), folders, strict=True):
         there = np.stack([np.array(Image.open(folder / f"{number:06d}.png")) for number in range(3)])
         np.testing.assert_array_equal(row[:, 0], there)
+    labels, others = (json.loads((folder / "record.json").read_text())["labels"] for folder in folders)
+    assert labels == others and len(set(labels)) > 1
 
 
 def test_what_cannot_stand_side_by_side_is_refused(fit: Callable, monkeypatch, capsys) -> None:

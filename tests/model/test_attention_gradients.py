@@ -198,10 +198,10 @@ def test_the_fused_kernels_of_a_gpu(tokens, head):
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             found[backend.name] = errors(tokens, head, backend, "bf16-mixed", "cuda")
-        except RuntimeError as error:  # flash takes no mask, and a build of torch may lack one
+        except RuntimeError as error:  # a build of torch may lack one of the others
             if "No available kernel" not in str(error):
                 raise
-    assert found, "no fused kernel"
+    assert tokens == MASKED and found or "FLASH_ATTENTION" in found  # takes no mask
     for name, (whole, token) in found.items():
         assert whole < BOUNDS["bf16-mixed"][0] and token < BOUNDS["bf16-mixed"][1], name
 

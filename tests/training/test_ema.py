@@ -40,14 +40,16 @@ def recurrence(history: list[dict[str, torch.Tensor]], decay: float, warmup: boo
 
 @pytest.mark.parametrize("batch_per_device", [8, 2])
 @pytest.mark.parametrize("warmup", [False, True])
-def test_the_average_follows_its_recurrence(train: Callable, warmup, batch_per_device):
-    weights = Weights()
+def test_the_average_follows_its_recurrence(train: Callable, warmup, batch_per_device, monkeypatch):
+    weights, calls, lerp = Weights(), [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *given: calls.append(len(given[0])) or lerp(*given))
     trainer = train(weights, optim={"ema": 0.9, "ema_warmup": warmup}, batch_per_device=batch_per_device)
     assert len(weights.history) == 10
     average = trainer.lightning_module.average
     for name, expected in recurrence(weights.history, 0.9, warmup).items():
         torch.testing.assert_close(average.get_parameter(name).double(), expected, atol=1e-7, rtol=1e-6)
     micro_batches = 8 // batch_per_device
+    assert calls == [len(list(average.parameters()))] * 9  # all weights at once
     assert weights.averaged == [False] * micro_batches + [True] * 9 * micro_batches  # none before the first step
 
 

@@ -1,6 +1,8 @@
 """The attention kernel that a training says it has is the one that torch runs."""
 
 import contextlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +45,11 @@ def test_a_net_without_attention_has_none():
     assert attention_kernels(torch.nn.Linear(2, 2), 4, False, CPU, contextlib.nullcontext()) == ""
 
 
-def test_training_says_it_and_keeps_it(command):
-    outcome = command("check")
+@pytest.mark.parametrize("stage", ["check", "fit"])
+def test_training_says_it_and_keeps_it(command, stage):
+    outcome = command(stage, "--run_name", "run", "--trainer.max_epochs", "1")
     assert outcome.code == 0
     assert any(line.split() == ["attention", "kernel", "flash"] for line in outcome.out.splitlines())
+    if stage == "fit":
+        results = json.loads(Path("runs/supervised/run/results.json").read_text())
+        assert results["recipe"]["attention kernel"] == "flash"
