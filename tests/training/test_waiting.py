@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import device
 from common.benchmark import step
 from common.data.loader import GlobalBatchData
+from common.model import VisionTransformer
+from common.training.curves import Curves
+from common.training.ema import EMA
 from common.training.module import Experiment
+from common.training.optim import Recipe, adamw
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 4
@@ -108,6 +113,25 @@ def test_a_step_waits_for_no_gpu(config: str, options: list[str]) -> None:
         trained(module, data, taken)
         with Refusal():
             trained(module, data, taken)
+
+
+def test_average_and_curves_wait_for_no_gpu() -> None:
+    """Between two points of the curves."""
+    net, averaged = (VisionTransformer(8, 1, 1, 10, size="nano") for _ in range(2))
+    module = SimpleNamespace(net=net, compiled=False)
+    trainer = SimpleNamespace(precision="bf16-mixed", accumulate_grad_batches=2, log_every_n_steps=50, global_step=0)
+    average, curves = EMA(0.9, warmup=True), Curves()
+    with on_gpu(nn.ModuleList([net, averaged])):
+        optimizer = adamw(net, Recipe(lr=0.1), 0.1)
+        average.on_train_start(trainer, module)
+        average.net = averaged
+        for micro_batch in range(8):
+            trainer.global_step += micro_batch % 2
+            with Refusal():
+                curves.on_before_optimizer_step(trainer, module, optimizer)
+                average.on_train_batch_end(trainer, module)
+                curves.on_train_batch_end(trainer, module, {"loss": torch.empty((), device="cuda")}, {}, micro_batch)
+        assert average.updates == 4 and len(curves._losses) == 4
 
 
 def test_the_refusal_refuses() -> None:
