@@ -304,7 +304,8 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
         yield Section("Mean and covariance of Inception's 2048 features (random weights) of uint8 images in memory, "
                       f"{cost.BATCH} at once, fp32, by torch-fidelity {version('torch-fidelity')} and the suite; by "
                       f"{clock}:", cost.FID_COLUMNS, rows)
-        rows = [cost.measure_precision_recall(options.generated, options.references, cost.FEATURES),
+        rows = [cost.measure_gathering(cost.SIDES[0], options.images),
+                cost.measure_precision_recall(options.generated, options.references, cost.FEATURES),
                 cost.measure_attention(cost.ATTENDING, cost.ATTENDED, options.analysed)]
         yield Section("Memory of a process of its own at its peak, above what it held before, measured once:",
                       cost.MEMORY_COLUMNS, rows)

@@ -147,6 +147,18 @@ def _resident(which: str) -> int:
     return 1024 * int(kilobytes)
 
 
+def gather(side: int, images: int) -> float:
+    """Seconds of FID's statistics of random images, by Inception with random weights, whose making holds less."""
+    pictures = torch.randint(256, (images, 3, side, side), dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inception.pth"
+        random_inception(file)
+        net = Inception(file)
+    start = time.perf_counter()
+    suite_statistics(net, pictures)
+    return time.perf_counter() - start
+
+
 def judge(samples: int, references: int, features: int) -> float:
     """Seconds of precision and recall; the features are collected before, in batches as an extractor gives them."""
     torch.manual_seed(0)
@@ -174,6 +186,11 @@ def attend(size: str, side: int, images: int) -> float:
     start = time.perf_counter()
     examine(run, None, images, [(0, layer) for layer in range(3)])  # the maps that are shown by default
     return time.perf_counter() - start
+
+
+def measure_gathering(side: int, images: int) -> tuple[str, ...]:
+    """A row of the table, of a single run."""
+    return _row("FID's statistics", f"{images:,} images of {side}x{side}", gather, side, images)
 
 
 def measure_precision_recall(samples: int, references: int, features: int) -> tuple[str, ...]:

@@ -346,6 +346,16 @@ def test_row_of_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["times as fast (quartiles)"] == "3.000 (2.625 to 5.500)"
 
 
+def test_row_of_the_gathering(in_this_process, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(metrics_cost, "suite_statistics", lambda *work: given.append(work))
+    row = dict(zip(MEMORY_COLUMNS, metrics_cost.measure_gathering(32, 5), strict=True))
+    [(net, images)] = given
+    assert (row["analysis"], row["of"]) == ("FID's statistics", "5 images of 32x32")
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8 and images.float().std() > 50
+    assert net.features == 2048 and float(row["seconds"]) >= 0
+
+
 def test_row_of_precision_and_recall(in_this_process, monkeypatch: pytest.MonkeyPatch) -> None:
     given, measured = [], metrics_cost.precision_recall
     monkeypatch.setattr(metrics_cost, "precision_recall", lambda *rows: given.extend(rows) or measured(*rows))
@@ -389,7 +399,8 @@ def test_the_metrics_are_measured_at_the_sizes_that_count(monkeypatch: pytest.Mo
     options = benchmark._parser().parse_args(["metrics"])
     monkeypatch.setattr(metrics_cost, "measure_statistics", lambda *given: (*map(str, given), "", ""))
     list(benchmark.sections(options))
-    assert works == [(metrics_cost.judge, 50_000, 10_000, 2048), (metrics_cost.attend, "base", 32, 20)]
+    assert works == [(metrics_cost.gather, 299, 64), (metrics_cost.judge, 50_000, 10_000, 2048),
+                     (metrics_cost.attend, "base", 32, 20)]  # fmt: skip
 
 
 def test_the_report_of_the_metrics(in_this_process, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -408,6 +419,7 @@ def test_the_report_of_the_metrics(in_this_process, monkeypatch: pytest.MonkeyPa
     assert [rows[0], rows[3]] == [list(FID_COLUMNS), list(MEMORY_COLUMNS)]
     assert [row[:2] for row in rows if "-" not in row[0]] == [
         ["images", "pixels"], ["2", "8x8"], ["analysis", "of"],
+        ["FID's statistics", "2 images of 8x8"],
         ["precision and recall", "40 x 30 features of 16"],
         ["attention", "nano/1, 65 tokens, 4 layers, 3 heads, 3 images"],
     ]  # fmt: skip
