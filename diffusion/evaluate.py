@@ -57,7 +57,9 @@ def print_table(values: dict[str, float], record: dict[str, Any]) -> None:
     statistics = "stored statistics and " if record["reference_statistics"] == "stored" else ""
     note = (f"{record['samples']:,} samples of {record['image_size']} pixels against {statistics}"
             f"{record['reference_images']:,} images of {record['reference']}; features: {record['extractor']}")
-    console.print(Text(note, "dim"), soft_wrap=True)
+    said = ("samples", "image_size", "reference", "reference_images", "reference_statistics", "extractor")
+    rest = (f"{key} {value}" for key, value in record.items() if key not in said and value is not None)
+    console.print(Text(f"{note}\n{'; '.join(rest)}", "dim"), soft_wrap=True)
 
 
 def _parser() -> Parser:

@@ -149,6 +149,8 @@ def test_the_record_says_what_was_measured_and_how(content, run):
     outcome = run("samples.npz", "reference.npz")
     assert [line.split()[0] for line in outcome.out.splitlines()[1:6]] == list(Inception.tags.values())
     assert "23 samples of 6x5 pixels against 12 images of reference.npz; features: inception" in outcome.out
+    digest = hashlib.sha256(Path("reference.npz").read_bytes()).hexdigest()
+    assert f"rounding uint8, as stored; extractor_sha256 none; reference_sha256 {digest}\n" in outcome.out
     assert content("samples.npz", "reference.npz")["evaluation"] == {
         "samples": 23,
         "image_size": "6x5",
@@ -156,7 +158,7 @@ def test_the_record_says_what_was_measured_and_how(content, run):
         "extractor": "inception",
         "extractor_sha256": "none",
         "reference": "reference.npz",
-        "reference_sha256": hashlib.sha256(Path("reference.npz").read_bytes()).hexdigest(),
+        "reference_sha256": digest,
         "reference_images": 12,
         "reference_statistics": "of its images",
     }

@@ -320,17 +320,27 @@ def test_a_codebook_that_collapses_is_told_once(tmp_path):
     ]
 
 
-def test_each_player_is_clipped_by_its_own_norm():
-    module = AutoencoderTraining(Recipe(lr=1e-3), perceptual="none")
-    module.net, module.discriminator = nn.Linear(1, 1), nn.Linear(1, 1)
-    module._trainer = SimpleNamespace(precision_plugin=None)
-    for part, size in [(module.net, 3.0), (module.discriminator, 40.0)]:
-        for parameter in part.parameters():
-            parameter.grad = torch.full_like(parameter, size)
-    module.configure_gradient_clipping(None, 1.0, None)
-    for part in (module.net, module.discriminator):
-        norm = torch.stack([parameter.grad.norm() for parameter in part.parameters()]).norm()
-        assert norm.item() == pytest.approx(1, rel=1e-4)
+def test_each_player_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
+    """Once a step, of all its micro-batches; the discriminator has no gradients before its warm-up."""
+    norms, clip = [], AutoencoderTraining.configure_gradient_clipping
+
+    def norm(part: nn.Module) -> float:
+        gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+        return torch.stack([gradient.norm() for gradient in gradients]).norm().item() if gradients else 0.0
+
+    def watched(module: AutoencoderTraining, *given: Any, **options: Any) -> None:
+        before = norm(module.net), norm(module.discriminator)
+        clip(module, *given, **options)
+        norms.append((*before, norm(module.net), norm(module.discriminator)))
+
+    monkeypatch.setattr(AutoencoderTraining, "configure_gradient_clipping", watched)
+    code, said = study(tmp_path, "fit", *TINY, *KINDS["kl"], "--trainer.gradient_clip_val", "0.01")
+    assert code == 0, said
+    befores, afters = [pair[:2] for pair in norms], [pair[2:] for pair in norms]
+    assert len(norms) == 18 and all(before[0] > 0.01 for before in befores)
+    assert [after[0] for after in afters] == pytest.approx([0.01] * 18, rel=1e-3)
+    assert [after[1] for after in afters] == pytest.approx(
+        [min(before[1], 0.01) for before in befores], rel=1e-3) and sum(before[1] > 0.01 for before in befores) >= 10
 
 
 @pytest.mark.soak
