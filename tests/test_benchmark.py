@@ -423,7 +423,7 @@ def test_table_is_markdown() -> None:
 
 def test_circumstances_name_what_figures_depend_on() -> None:
     _, told = circumstances("common.benchmark", ["peers"], rounds=3)
-    for package in ("torch", "timm", "lightning", "diffusers", "torch-fidelity"):
+    for package in ("torch", "torchvision", "pillow", "timm", "lightning", "diffusers", "torch-fidelity"):
         assert f"{package} {version(package)}" in told
     assert "medians over 3 rounds" in told
 

@@ -16,7 +16,8 @@ import torch
 from common.errors import InputError
 from common.files import write_atomically
 
-PACKAGES = ("torch", "timm", "lightning", "diffusers", "torch-fidelity")  # that figures depend on, or are beside
+# That figures depend on, or are beside.
+PACKAGES = ("torch", "torchvision", "pillow", "timm", "lightning", "diffusers", "torch-fidelity")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -33,6 +33,12 @@ def test_the_hours_in_the_paper_s_comment_are_those_counted(kind, overrides, sai
     assert 32 * cost.saved_bytes < 0.7 * 141e9 - 1.5e9  # the batch fits on one H200, as the comment says
 
 
+def test_the_milestone_is_the_last_before_the_discriminator_starts():
+    options = resolved("autoencoder_imagenet256")
+    [milestone], start, steps = options["checkpoint.milestones"], options["model.adversary.start"], 1_281_167 // 32
+    assert options["data.batch_size"] == 32 and milestone * steps < start <= (milestone + 1) * steps
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_parses_into_a_folder_of_its_name(name):
     assert resolved(name)["run_name"] == f"{name}-s0"

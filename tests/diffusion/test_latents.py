@@ -80,6 +80,8 @@ def test_cached_latents_are_those_of_images_encoded_as_they_come(tmp_path: Path,
             assert cached.keys() == fresh.keys() and cached["image"].shape == (8, 2, 4, 4)
             for name, value in fresh.items():
                 torch.testing.assert_close(cached[name], value, atol=1e-5, rtol=1e-4)
+    shards = attached(autoencoder, tmp_path / "latents", "train", 0.5, seed=3).sets["train"].shards
+    assert len(shards) == 12 and all(isinstance(shard, np.memmap) for shard in shards)
     first, second = (batches(autoencoder, tmp_path / "latents", epoch)["image"] for epoch in (0, 1))
     assert not torch.equal(first, second)  # flips
 
