@@ -116,7 +116,10 @@ def test_the_plain_loop_has_the_trainers_precision(
     bf16: bool, precision: str, numbers: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "has_bf16", lambda: bf16)
-    seen, build = [], TimedGeneration.build
+    seen, build, autocast = [], TimedGeneration.build, []
+    steps = benchmark.plain_steps
+    monkeypatch.setattr(benchmark, "plain_steps", lambda *given: (
+        autocast.append(torch.is_autocast_enabled("cpu")) for _ in steps(*given)))
 
     def watched(module, data):
         net, side = build(module, data), []
@@ -128,6 +131,7 @@ def test_the_plain_loop_has_the_trainers_precision(
     monkeypatch.setattr("common.training.recipe.attention_kernels", lambda *_: "")
     assert benchmark.trained(2, STEPS).trainer.precision == precision
     assert [side for side in seen if side] == [[numbers] * STEPS] * 2  # others are built for their cost alone
+    assert autocast == [False] * STEPS  # around its backward, as a plain loop has none
 
 
 def test_both_sides_are_timed_apart_and_after_their_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +142,12 @@ def test_both_sides_are_timed_apart_and_after_their_first_steps(monkeypatch: pyt
         clock.now += seconds
 
     monkeypatch.setattr(benchmark, "plain_steps", lambda *_: map(passes, [50.0, 60.0, 2.0, 3.0, 7.0]))
-    between = iter([80.0, 4.0, 5.0, 12.0, 90.0])  # what follows the last step is not its own
-    monkeypatch.setattr(generation.Generation, "training_step", lambda *_: passes(next(between)))
     module = TimedGeneration(Recipe(lr=1e-3))
     module.trainer = SimpleNamespace(datamodule=None)
     module.on_train_start()
-    for i in range(5):
-        module.training_step({}, i)
+    for i, seconds in enumerate([80.0, 4.0, 5.0, 12.0, 90.0]):  # what follows the last step is not counted
+        module.on_train_batch_start({}, i)
+        passes(seconds)
     assert module.seconds == {"plain loop": 4.0, "Trainer": 7.0}
 
 
