@@ -283,7 +283,7 @@ def test_several_processes_write_what_one_does(root, monkeypatch):
         folder = make(ImageNet(), root, SIZE, workers)
         written.append({file.name: file.read_bytes() for file in folder.iterdir()})
         shutil.rmtree(folder)
-    assert written[0] == written[1] and len(list(name for name in written[0] if name.endswith(".npy"))) >= 3
+    assert written[0] == written[1] and sum(name.endswith(".npy") for name in written[0]) >= 3
 
 
 def test_other_sources(tmp_path, capsys):
