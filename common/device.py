@@ -52,10 +52,10 @@ def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16; others only imitate it, many times slower."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether the CPU multiplies in bf16 (AVX-512's instructions); others imitate it, slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
-def bf16_without_matrix_unit() -> bool:
-    """Whether the CPU multiplies in bf16 with its vectors alone (AVX-512), and not in tiles (AMX)."""
-    return has_bf16() and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+def has_matrix_unit() -> bool:
+    """Whether the CPU multiplies in tiles (AMX), and not with its vectors alone."""
+    return torch.cpu._is_amx_tile_supported()

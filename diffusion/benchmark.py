@@ -50,7 +50,7 @@ from diffusion.generation import Generation
 from diffusion.latent_data import LatentData
 from diffusion.metrics import NEIGHBOUR
 from diffusion.process import GaussianDiffusion
-from diffusion.sampling import Sampler
+from diffusion.sampling import Sampler, ddim
 
 MODES = ("step", "peers", "latents", "sampling")
 ON_GPU = ("peers", "sampling")
@@ -230,16 +230,16 @@ def in_batches(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> T
 @torch.no_grad()
 def one_by_one(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
     """The same samples in the loop that one would write by hand."""
-    process = sampler.process.respaced(sampler.steps)
-    timesteps, steps = (values.to(numbers.device) for values in (process.timesteps, torch.arange(sampler.steps)))
+    process, scheduler = ddim(sampler.visited)
+    timesteps = process.timesteps.to(numbers.device)
     samples, nothing = [], labels.new_tensor([net.classes])
     for number, label in zip(numbers.split(1), labels.split(1), strict=True):
         x = sampler.noise("sample", number, (net.channels, *net.input_size))
-        for step in reversed(range(sampler.steps)):
+        for step in scheduler.timesteps.tolist():
             timestep = timesteps[step][None]
             conditional = net(x, timestep, label)[:, : net.channels].float()
             null = net(x, timestep, nothing)[:, : net.channels].float()
-            x = process.ddim_sample(null + sampler.guidance * (conditional - null), x, steps[step][None])
+            x = scheduler.step(null + sampler.guidance * (conditional - null), step, x).prev_sample
         samples.append(x)
     return torch.cat(samples)
 

@@ -113,18 +113,6 @@ class GaussianDiffusion:
         mean, log_variance = self.p_mean_variance(output, x_t, t)
         return mean + (t > 0)[:, None, None, None] * (0.5 * log_variance).exp() * noise.float()
 
-    def ddim_sample(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_{t-1} from x_t without new noise (Song et al. 2021, eta = 0); at t = 0 the predicted data.
-
-        diffusers' own steps back by a fixed number of timesteps, which are not those that an evenly spaced process
-        visits: the net would be told of another noise than its input has.
-        """
-        noise, _ = split(output, x_t)
-        x0 = self.predict_x0(x_t, t, noise)
-        before = (t - 1).clamp(min=0)
-        less_noisy = self._at("data", before) * x0 + self._at("noise", before) * noise
-        return torch.where((t > 0)[:, None, None, None], less_noisy, x0)
-
     # Training
 
     def training_losses(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from common.errors import InputError
 from common.randomness import normal, uniform
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 SolverName = Literal["ddpm", "ddim", "dpm++"]
 PIECE = 1024  # tokens at once on each thread of a CPU, so that they stay in its core's cache
@@ -24,7 +27,7 @@ class Sampler:
     Args:
         process: that the net was trained on.
         solver: `ddpm` takes respaced ancestral steps with the learned variance, as ADM and DiT; `ddim` (Song et al.
-            2021) the same ones without noise; `dpm++` (Lu et al. 2022, second order) is diffusers'.
+            2021), the same ones without noise, and `dpm++` (Lu et al. 2022, second order) are diffusers'.
         steps: of the process that are visited.
         guidance: scale of classifier-free guidance; 1 is without, at half the cost.
         guidance_channels: how many of the first channels are guided; DiT's published numbers guide 3.
@@ -76,9 +79,9 @@ class Sampler:
 
     def _piece(self, net: DiT, numbers: Tensor, labels: Tensor | None, stepped: Callable[[], None]) -> Tensor:
         x = self.noise("sample", numbers, (net.channels, *net.input_size))
-        if self.solver == "dpm++":
-            return self._solved(net, x, labels, stepped)
-        return self._respaced(net, x, numbers, labels, stepped)
+        if self.solver == "ddpm":
+            return self._ancestral(net, x, numbers, labels, stepped)
+        return self._scheduled(net, x, labels, stepped)
 
     def noise(self, stream: str, numbers: Tensor, shape: tuple[int, ...], *keys: int) -> Tensor:
         """Standard normal draws (B, *shape), a row for each number."""
@@ -90,30 +93,47 @@ class Sampler:
             return net(x, t, labels).float()
         return net.forward_with_guidance(x, t, labels, self.guidance, self.guidance_channels)
 
-    def _respaced(
+    def _ancestral(
         self, net: DiT, x: Tensor, numbers: Tensor, labels: Tensor | None, stepped: Callable[[], None]
     ) -> Tensor:
         process = self.visited
         for step in reversed(range(self.steps)):
             output = self.predicted(net, x, int(process.timesteps[step]), labels)
             t = torch.full((len(x),), step, device=x.device)
-            if self.solver == "ddim":
-                x = process.ddim_sample(output, x, t)
-            else:
-                x = process.p_sample(output, x, t, self.noise("sample step", numbers, x.shape[1:], step))
+            x = process.p_sample(output, x, t, self.noise("sample step", numbers, x.shape[1:], step))
             stepped()
         return x
 
-    def _solved(self, net: DiT, x: Tensor, labels: Tensor | None, stepped: Callable[[], None]) -> Tensor:
-        from diffusers import DPMSolverMultistepScheduler  # costs 4 s
-
-        scheduler = DPMSolverMultistepScheduler(trained_betas=self.process.betas.numpy(), timestep_spacing="linspace")
-        scheduler.set_timesteps(self.steps)
-        for timestep in scheduler.timesteps:
-            noise = self.predicted(net, x, int(timestep), labels)[:, : net.channels]
-            x = scheduler.step(noise, timestep, x).prev_sample
+    def _scheduled(self, net: DiT, x: Tensor, labels: Tensor | None, stepped: Callable[[], None]) -> Tensor:
+        process, scheduler = dpm_solver(self.process, self.steps) if self.solver == "dpm++" else ddim(self.visited)
+        for step in scheduler.timesteps.tolist():
+            noise = self.predicted(net, x, int(process.timesteps[step]), labels)[:, : net.channels]
+            x = scheduler.step(noise, step, x).prev_sample
             stepped()
         return x
+
+
+def ddim(visited: GaussianDiffusion) -> tuple[GaussianDiffusion, DDIMScheduler]:
+    """A process, each step of which diffusers' DDIM takes.
+
+    It is given the respaced one, since its own spacing steps back by a fixed number of timesteps, which are not those
+    that an evenly spaced process visits: the net would be told of another noise than its input has.
+    """
+    from diffusers import DDIMScheduler  # costs 4 s
+
+    scheduler = DDIMScheduler(visited.steps, clip_sample=False)
+    scheduler.alphas_cumprod = visited.alphas_cumprod  # not of fp32 betas: where steps are few, the last is nearly 1
+    scheduler.set_timesteps(visited.steps)
+    return visited, scheduler
+
+
+def dpm_solver(process: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion, DPMSolverMultistepScheduler]:
+    """A process, so many of whose steps, evenly spaced, diffusers' DPM-Solver++ takes."""
+    from diffusers import DPMSolverMultistepScheduler  # costs 4 s
+
+    scheduler = DPMSolverMultistepScheduler(trained_betas=process.betas.numpy(), timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    return process, scheduler
 
 
 def labels_of(numbers: Tensor, classes: list[int], seed: int) -> Tensor:

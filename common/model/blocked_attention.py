@@ -1,7 +1,7 @@
-"""Which attention a block runs: torch's fused one, but plain attention in bf16 on a CPU that has no matrix unit.
+"""Which attention a block runs: torch's fused one, but plain attention in bf16 on a CPU.
 
-There torch's takes as long in bf16 as in fp32, while a matrix product takes half of that (RESULTS.md, Speed on CPU).
-Plain attention rounds its logits to bf16, which the fused one keeps in fp32.
+There torch's takes as long in bf16 as in fp32, its backward at the least, while a matrix product takes half of that or
+less (RESULTS.md, Speed on CPU). Plain attention rounds its logits to bf16, which the fused one keeps in fp32.
 
 Shapes: B batch, H heads, N queries, M keys, K channels of a head.
 """
@@ -17,7 +17,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from common.device import bf16_without_matrix_unit
+from common.device import has_bf16, has_matrix_unit
 
 # Entries of the attention maps that are computed at once, of one head at the least: 1 MB, a core's cache.
 HELD = 2**19
@@ -40,7 +40,7 @@ def blocked(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if v.device.type != "cpu" or torch.compiler.is_compiling() or q.shape[2] * k.shape[2] > LARGEST:
         return False
     precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else v.dtype
-    return precision == torch.bfloat16 and bf16_without_matrix_unit()
+    return precision == torch.bfloat16 and has_bf16()
 
 
 class BlockedAttention(Function):
@@ -50,6 +50,8 @@ class BlockedAttention(Function):
     @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
+        if has_matrix_unit():  # which torch's forward makes use of, unlike its backward
+            return F.scaled_dot_product_attention(q, k, v)
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for q_i, k_i, v_i, out_i in _blocks(q, k, v, out):
             torch.bmm(_maps(q_i, k_i), v_i, out=out_i)

@@ -9,7 +9,7 @@ from diffusion import sampling
 from diffusion.dit import DiT
 from diffusion.process import GaussianDiffusion
 from diffusion.samples import Sampling
-from diffusion.sampling import Sampler, labels_of
+from diffusion.sampling import Sampler, ddim, labels_of
 
 SOLVERS = ("ddpm", "ddim", "dpm++")
 
@@ -96,18 +96,19 @@ def test_ddim_takes_the_net_at_the_noise_that_is_there(steps):
     assert samples.mean().item() == pytest.approx(Normal.mean, abs=0.01)
 
 
-def test_ddim_is_that_of_diffusers_where_its_timesteps_are_evenly_spaced():
+def test_ddim_is_that_of_diffusers_own_spacing_where_its_timesteps_are_evenly_spaced():
     """With trailing ones, of a number of steps that divides 1000, it steps to the timestep that it visits next."""
     scheduler = DDIMScheduler(trained_betas=GaussianDiffusion().betas.numpy(), timestep_spacing="trailing",
                               clip_sample=False)  # fmt: skip
     scheduler.set_timesteps(20)
     visited = scheduler.timesteps.flip(0)
     kept = GaussianDiffusion().alphas_cumprod[visited]
-    process = GaussianDiffusion(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), visited)
+    process, steps = ddim(GaussianDiffusion(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), visited))
+    assert process.timesteps[steps.timesteps].tolist() == scheduler.timesteps.tolist()
     ours = theirs = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    for step, timestep in zip(reversed(range(20)), scheduler.timesteps, strict=True):
+    for step, timestep in zip(steps.timesteps.tolist(), scheduler.timesteps, strict=True):
         noise = (ours * 0.9 + 0.05 * step).sin()
-        ours = process.ddim_sample(noise, ours, torch.full((2,), step))
+        ours = steps.step(noise, step, ours).prev_sample
         theirs = scheduler.step(noise, timestep, theirs).prev_sample
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
