@@ -2,8 +2,8 @@
 once, so that training reads its latents instead of encoding images in every epoch.
 
 What is kept are moments, from which KL's latents are drawn anew in every epoch, of each image and of its mirror image
-where training flips. The same command goes on where it stopped, shard by shard, and checks every shard that is there.
-`--data.latents FOLDER` reads them.
+where training flips. The same command goes on where it stopped, shard by shard, and checks every shard that is there; a
+second one waits until the first has ended. `--data.latents FOLDER` reads them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
              **data.prepared(split)}  # fmt: skip
     started = folder / split / "started.json"
     if started.is_file() and read_json(started) != index:
-        raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; name another folder")
+        raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; remove it, or name "
+                         "another folder")
     write_atomically(started, json.dumps(index))
     shards = {path: torch.arange(len(images))[number * SHARD :][:SHARD].split(data.eval_batch_size)
               for number, path in enumerate(shard_files(folder / split, len(images), SHARD))}
@@ -110,8 +111,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="of the training that will read them")
     options, overrides = parser.parse_known_args(arguments)
     data, flips = images_of(["--config", options.config, *overrides])
-    for split in SPLITS:
-        encode(data, flips and split == "train", options.folder, split)
+    from common.training.lock import alone  # Lightning, which is there by now
+
+    with alone(options.folder):
+        for split in SPLITS:
+            encode(data, flips and split == "train", options.folder, split)
     print(f"finished: {options.folder}; all checksums hold; train with --data.latents {options.folder}")
     return 0
 

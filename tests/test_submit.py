@@ -295,6 +295,7 @@ exec "$@"
 PYTHON = """#!/bin/bash
 if [ "$2" = common.paper ]; then
     [ "$*" = "-m common.paper commands X --scale demo --number 3" ] || exit 2
+    echo "diffusion.latents 'a folder' --config a.yaml"
     echo "diffusion fit --config a.yaml --data.image_size '[8, 8]'"
     echo "diffusion test --config a.yaml"
     exit
@@ -380,10 +381,11 @@ def test_a_task_runs_the_stages_of_its_number(batch: Callable) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
     code, calls, asked = batch("arms.sbatch", "X", "--scale", "demo", **array)
     assert code == 0 and not asked
-    trainings = calls[1::2]  # one after each srun
+    assert calls[0] == ["-m", "diffusion.latents", "a folder", "--config", "a.yaml"]  # by one process
+    trainings = calls[2::2]  # one after each srun
     assert [words[:3] for words in trainings] == [["-m", "diffusion", "fit"], ["-m", "diffusion", "test"]]
     assert trainings[0][-4:] == ["--config", "a.yaml", "--data.image_size", "[8, 8]"]
     code, calls, asked = batch("arms.sbatch", "X", "--scale", "demo", CODE="75", **array)
-    assert (code, len(calls), asked) == (75, 2, ["requeue 5_3"])  # no test of what is not trained
+    assert (code, len(calls), asked) == (75, 1, [])  # nothing is trained on what is not there
     code, calls, asked = batch("arms.sbatch", "Y", "--scale", "demo", **array)
     assert (code, calls, asked) == (2, [], [])

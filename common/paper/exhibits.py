@@ -22,7 +22,7 @@
           differences: {a - b: T/1 - T/2} # of this scale's own arms, and the paper's that they stand for
           metric: ...                     # in place of the one above, as are draws and prints
 
-Three keys of an arm are no overrides:
+Four keys of an arm are no overrides:
 
       arms:
         scratch: {config: supervised/*}   # STUDY/NAME, * being the scale's config; this study's own where left out
@@ -32,6 +32,9 @@ Three keys of an arm are no overrides:
           config: mae/*_finetune          # mae/configs/cifar100_finetune.yaml at scale paper
           runs: {init_from: pre-training} # options that name run folders of arms above this one, of the same seed
         unguided: {again: guided, model.predict.guidance: 1}   # a copy of an arm above, tested otherwise
+        guided:
+          prepare: diffusion.latents FOLDER   # a command that goes before, and is given what the training is
+          data.latents: FOLDER
 
 An arm that others use in `runs` is a step on the way: it is trained like any other, and is not compared. Where the
 metric is one of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a
@@ -81,7 +84,8 @@ _SCALE_KEYS = {"config": str, "shows": str, "metric": object, "draws": str, "pri
 @dataclass(frozen=True)
 class Arm:
     """A config of a study with overrides; `runs` are options that name other arms' run folders: option -> arm; `again`
-    is the arm that this one is a copy of, to be tested otherwise.
+    is the arm that this one is a copy of, to be tested otherwise; `prepare` is a command, module and words, that makes
+    what the training reads.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Arm:
     overrides: Mapping[str, Any]
     runs: Mapping[str, str]
     again: str | None = None
+    prepare: tuple[str, ...] = ()
 
     def seed(self, seed: int) -> int:
         """The one that it is trained with where others are trained with `seed`."""
@@ -131,10 +136,11 @@ class Start:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return ("fit", "test") if self.judged_by else ("fit",)
+        return (*["prepare"] * bool(self.arm.prepare), "fit", *["test"] * bool(self.judged_by))
 
     def command(self, stage: str) -> list[str]:
-        return [sys.executable, "-m", self.arm.study, stage, *self.arguments]
+        words = self.arm.prepare if stage == "prepare" else (self.arm.study, stage)
+        return [sys.executable, "-m", *words, *self.arguments]
 
     @property
     def located(self) -> tuple[Path, dict[str, Any]]:
@@ -319,7 +325,7 @@ def _scale(
     _check(content, _SCALE_KEYS, where, needed=("config", "metric") if training else ())
     if content.get("seeds", 1) < 1:
         raise InputError(f"{where}.seeds: {content['seeds']} is not a number of seeds, 1 or more")
-    for key in ("config", "runs"):
+    for key in ("config", "runs", "prepare"):
         if key in content.get("set", {}):
             raise InputError(f"{where}.set.{key}: {content['set'][key]} is no override; give it to each arm it is for")
     metrics = _metrics(content["metric"], where) if training else ("",)
@@ -333,7 +339,7 @@ def _scale(
                 raise InputError(f"{place}.again: a copy has no other {metrics[0]}; the metric is to be one of test/")
             made[str(arm)] = _again(made, str(arm), own.pop("again"), own, place)
             continue
-        given, uses = own.pop("config", None), own.pop("runs", {})
+        given, uses, prepare = own.pop("config", None), own.pop("runs", {}), own.pop("prepare", None)
         if given is None:
             of, config = _config(path, f"{study}/*", content["config"], f"{where}.config: {content['config']}")
         else:
@@ -341,7 +347,8 @@ def _scale(
         for option, source in _mapping(uses, f"{place}.runs").items():
             _above(made, source, f"{place}.runs.{option}")
         made[str(arm)] = Arm(str(arm), of, config, {**content.get("set", {}), **own},
-                             {option: str(source) for option, source in uses.items()})
+                             {option: str(source) for option, source in uses.items()},
+                             prepare=_command(path, prepare, f"{place}.prepare") if prepare is not None else ())
     if not made and training:
         raise InputError(f"{where}: has no arms, and neither has the exhibit")
     differences = content.get("differences", {pair: pair for pair in stated if set(pair.split(" - ")) <= set(made)})
@@ -362,7 +369,7 @@ def _again(made: Mapping[str, Arm], name: str, of: Any, overrides: dict[str, Any
                          f"options that begin with {' or '.join(AFTERWARDS)}")
     own = {key: value for key, value in source.overrides.items() if key != "run_name"}
     return replace(source, name=name, overrides=own | overrides, runs={**source.runs, "copy_of": source.name},
-                   again=source.name)
+                   again=source.name, prepare=())
 
 
 def _above(made: Mapping[str, Arm], name: Any, where: str) -> Arm:
@@ -378,8 +385,10 @@ def _metrics(given: Any, where: str) -> tuple[str, ...]:
     return metrics
 
 
-def _command(path: Path, given: str, where: str) -> tuple[str, ...]:
+def _command(path: Path, given: Any, where: str) -> tuple[str, ...]:
     """A module beside the study of `path`, and its options: a mistake is not to show after hours of training."""
+    if not isinstance(given, str):
+        raise InputError(f"{where}: {given!r} is no command, such as diffusion.side_by_side")
     try:
         words = shlex.split(given)
     except ValueError as error:

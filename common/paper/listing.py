@@ -78,7 +78,10 @@ def _measured(starts: list[Start]) -> str:
 
 
 def commands(id: str, starts: list[Start], number: int | None) -> Iterator[str]:
-    """A line a stage, STUDY STAGE ARGUMENTS, of one run by its number, or of all, each behind its number."""
+    """A line a stage, STUDY STAGE ARGUMENTS, of one run by its number, or of all, each behind its number.
+
+    What prepares a training is a line MODULE ARGUMENTS before it.
+    """
     if number is not None and not 0 <= number < len(starts):
         raise InputError(f"--number {number}: {id} has the runs 0 to {len(starts) - 1}")
     for place, start in enumerate(starts):

@@ -1,4 +1,7 @@
-"""One process per run folder: the second that starts is refused, and one that Slurm has given up leaves."""
+"""One process per run folder: the second that starts is refused, and one that Slurm has given up leaves.
+
+Of other folders that several processes write to, the second waits.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import fcntl
 import json
 import os
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from common.errors import InputError
 
 NAME = "lock"
+WAIT = 1.0  # seconds between two looks whether another process has ended
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -96,6 +102,21 @@ class RunLock:
         self._file = None
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block of the folder, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _locked(file):
+            print(f"{folder}: waiting for another process that writes there", flush=True)
+            while not _locked(file):
+                time.sleep(WAIT)
+        yield
+    finally:
+        os.close(file)  # and with it the lock
+
+
 def _locked(file: int) -> bool:
     """Tries to lock an open file; true also where the file system knows no locks, which is said."""
     try:
@@ -103,7 +124,7 @@ def _locked(file: int) -> bool:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             return False
-        rank_zero_warn("this file system has no locks; see that no other process trains in the run folder")
+        rank_zero_warn("this file system has no locks; see that no other process writes to the same folder")
     return True
 
 

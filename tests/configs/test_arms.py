@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,9 @@ def test_every_arm_trains_two_steps(start: Start, root: Path, runs: Path, comman
         given = [word for key, value in overrides.items()
                  for word in (f"--{key}", value if isinstance(value, str | Path) else json.dumps(value))]
         options = ["--run_name", folder.name, "--data.root", root, *given, *TWO_STEPS, *small]
+        if start.arm.prepare:
+            module, *words = start.arm.prepare
+            assert import_module(module).main([*words, "--config", str(config), *map(str, options)]) == 0
         outcome = command("fit", *options, config=config, small=False, study=start.arm.study)
         assert outcome.code == 0, outcome.err
         return trained.setdefault(start.identity, folder)

@@ -21,6 +21,7 @@ from common.data.loader import Draw
 from common.data.sources import Source
 from common.errors import InputError
 from common.randomness import normal
+from common.training.lock import alone
 from diffusion import DiT, LatentData, latent_data
 from diffusion import latents as latents_room
 from diffusion.autoencoder import Autoencoder
@@ -162,6 +163,18 @@ def start(folder: Path, autoencoder: Path, half: int = 0) -> Command:
     arguments = [folder, "--config", DIGITS, "--data.autoencoder", autoencoder, *IMAGES, "--data.augment.flip", "0.5"]
     (autoencoder.parent / "dying.py").write_text(DYING)
     return Command("dying", half, *arguments, cwd=autoencoder.parent)
+
+
+def test_it_waits_for_another_that_writes_there(tmp_path: Path) -> None:
+    """As two tasks of Slurm do: what takes long is done once."""
+    autoencoder, folder = save(tmp_path / "autoencoder.ckpt", "vq"), tmp_path / "latents"
+    with alone(folder):
+        process = start(folder, autoencoder)
+        while "waiting" not in process.stdout and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None and f"{folder}: waiting for another process" in process.stdout
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert process.wait() == 0 and (folder / "train/index.json").is_file(), process.stderr
 
 
 def test_killed_at_any_moment_it_writes_the_same_files(tmp_path: Path, monkeypatch) -> None:

@@ -42,6 +42,18 @@ def test_an_arm_may_be_another_one_tested_otherwise(exhibits, folders):
         exhibits(**{**CHAIN, "arms": arms})
 
 
+def test_an_arm_may_have_a_command_that_goes_before(exhibits, folders, tmp_path):
+    """It is given what the training is; a copy, which trains nothing, has none."""
+    (tmp_path / "mae" / "cached.py").touch()
+    arms = {"S/2": {"prepare": "mae.cached 'a folder' --fast", "data.cache": "a folder"},
+            "again": {"again": "S/2", "model.predict.guidance": 1}}
+    first, copy = exhibits(arms=arms, metric="test/fid", paper=None)["X1"].scale("demo").starts(1)
+    assert first.stages == ("prepare", "fit", "test") and copy.stages == ("fit", "test")
+    fit = "python -m supervised fit "
+    assert first.shown("prepare") == first.shown("fit").replace(fit, "python -m mae.cached 'a folder' --fast ")
+    assert first.shown("fit").startswith(fit) and "--data.cache 'a folder'" in first.shown("fit")
+
+
 def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
     exhibits(**CHAIN)
     monkeypatch.chdir(tmp_path / "supervised")
@@ -82,6 +94,12 @@ def test_configs_are_found_from_any_directory(exhibits, tmp_path, monkeypatch):
     ({"arms": {"S/2": {"config": "tiny_set"}, "S/1": {}}}, r"X1.arms.S/2.config: tiny_set is not STUDY/NAME"),
     ({"scales": {"demo": {"config": "tiny_set", "set": {"runs": {"init_from": "S/2"}}}}},
      r"X1.scales.demo.set.runs: .* is no override"),
+    ({"arms": {"S/2": {"prepare": "mae.cached x"}}, "paper": {}},
+     r"paper.yaml: X1.arms.S/2.prepare: mae.cached is no module; there is no file mae/cached.py"),
+    ({"arms": {"S/2": {"prepare": ["mae.cached"]}}, "paper": {}}, r"S/2.prepare: \['mae.cached'\] is no command"),
+    ({"arms": {"S/2": {"prepare": ""}}, "paper": {}}, r"S/2.prepare: '' names no module"),
+    ({"scales": {"demo": {"config": "tiny_set", "set": {"prepare": "mae.cached"}}}},
+     r"X1.scales.demo.set.prepare: mae.cached is no override"),
     ({"paper": {"differences": {"S/1 - S/9": 1}}}, r"X1.paper: S/9 is none of the arms S/2, S/1"),
 ])
 def test_malformed_exhibits_are_named(exhibits, changes, message):

@@ -133,6 +133,30 @@ def test_samples_are_judged_after_the_training_and_drawn_at_the_end(study, capfd
     assert [start.stages for start in generated.scale("paper").starts()] == [("fit",)] * 3
 
 
+def test_what_is_prepared_comes_before_the_training_and_is_not_repeated_for_a_test(study, capfd):
+    Path("cached.py").write_text("""
+import pathlib, sys
+with open("calls", "a") as calls:
+    print("cached", sys.argv[1], sys.argv[sys.argv.index("--model.patch_size") + 1], file=calls)
+sys.exit(4 * pathlib.Path("full").exists())
+""")
+    arms = {name: {"prepare": "cached latents", "model.patch_size": int(name[-1])} for name in ("S/2", "S/1")}
+    exhibit = study(arms=arms, metric="test/fid", paper=None, scales={"demo": {"config": "tiny_set"}})["X1"]
+    scale, folders = exhibit.scale("demo"), [f"runs/supervised/tiny_set-p{patch}-s0" for patch in (2, 1)]
+    Path("full").touch()
+    assert run(exhibit, scale, 1) == 4 and calls() == ["cached latents 2"]  # nothing is trained on what is not there
+    assert "S/2, seed 0: stopped with exit code 4" in capfd.readouterr().err
+    Path("full").unlink()
+    assert run(exhibit, scale, 1) == 0
+    expected = [line for patch, folder in zip((2, 1), folders, strict=True)
+                for line in (f"cached latents {patch}", folder, f"test {folder}")]  # fmt: skip
+    assert calls()[1:] == expected
+
+    path = Path(folders[0], "results.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"val/loss": 1.0}}))
+    assert run(exhibit, scale, 1) == 0 and calls()[1:] == [*expected, f"test {folders[0]}"]
+
+
 def test_a_training_that_ended_early_is_not_tested(study):
     generated = study(**GENERATED)["X1"]
     Path("early2").touch()

@@ -91,9 +91,13 @@ def test_diffusion_exhibits():
             assert original.sampling == unguided.sampling and price(original).images == 470 * 5004 * 256
             assert price(original).training_flops == pytest.approx(3 * 2 * 118.64e9, rel=0.01)
         for arm, start in arms["T5"].items():
-            assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == ("fit", "test")
+            prepare = ("prepare",) * (scale != "gpu")  # which has pixels and no latents
+            assert start.shown("fit") == arms["F3"][arm].shown("fit") and start.stages == (*prepare, "fit", "test")
+            of_latents = start.arm.overrides.get("data.latents")
+            assert start.arm.prepare == (("diffusion.latents", of_latents) if prepare else ())
             before = arms["T6"][arm].sources["continue_from"]
-            assert before.shown("fit") == start.shown("fit") and before.stages == ("fit",)
+            assert before.shown("fit") == start.shown("fit") and before.stages == (*prepare, "fit")
+            assert arms["T6"][arm].arm.overrides.get("data.latents") == of_latents
             epochs = {"demo": 400, "gpu": 80, "paper": 1400}[scale]
             assert arms["T6"][arm].arm.overrides["trainer.max_epochs"] == epochs
     assert exhibits["T5"].scale("paper").starts()[0].sampling == {
@@ -140,7 +144,8 @@ def test_every_arm_parses_on_the_real_command_line(name, monkeypatch):
             assert start.located[0].parent == Path("runs", start.arm.study)
             assert start.located[0].name.split("-")[0] == start.arm.config.stem
             for stage in start.stages:
-                assert shlex.split(start.shown(stage)) == ["python", "-m", start.arm.study, stage, *start.arguments]
+                words = start.arm.prepare if stage == "prepare" else (start.arm.study, stage)
+                assert shlex.split(start.shown(stage)) == ["python", "-m", *words, *start.arguments]
 
 
 def test_an_arm_shares_the_run_of_the_plain_command(monkeypatch):
