@@ -166,8 +166,14 @@ def test_the_figure_is_written_and_tells_what_was_measured_from_what_was_not(
     milliseconds = [1e3 * point.seconds for point in found[:6]]
     assert list(lines[0]["measured, tiny"].get_ydata()) == pytest.approx(milliseconds)
     assert max(lines[0]["fit, the sum of:"].get_xdata()) <= 3072 < max(lines[0]["extrapolated"].get_xdata()) == 50176
-    assert max(lines[1]["formula: 64 bytes per token, channel and block"].get_xdata()) == 50176
-    assert list(lines[2]["measured, 1,024 tokens"].get_xdata()) == [48, 192, 384, 768, 1024]
+    assert max(lines[2]["formula: 64 bytes per token, channel and block"].get_xdata()) == 50176
+    for panel, values in ((1, lambda point: 1e3 * point.seconds), (3, lambda point: point.kept / 1e6)):
+        measured = lines[panel]["measured, 1,024 tokens"]
+        assert list(measured.get_xdata()) == [48, 192, 384, 768, 1024]
+        sizes = sorted((p for p in found if p.case.image == (32, 32)), key=lambda point: point.work.width)
+        assert list(measured.get_ydata()) == pytest.approx([values(point) for point in sizes])
+    assert list(lines[3]["formula: 64 bytes per token, channel and block"].get_ydata()) == pytest.approx(
+        [point.work.kept / 1e6 for point in sizes])
 
 
 def test_one_small_case_from_end_to_end(tmp_path: Path) -> None:

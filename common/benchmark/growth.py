@@ -272,25 +272,30 @@ def _growth(own: Sequence[Point]) -> str:
 
 # The figure
 
+KEPT = "MB kept for the backward"
 MEASURED, FITTED, LINEAR, ATTENTION, FIXED = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Milliseconds and MB against tokens, and milliseconds against width: measured, and by fit or formula."""
+    """Milliseconds, above, and MB, against tokens, on the left, and width: measured, and by fit or formula."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.6, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 8.2), dpi=120, layout="constrained")
     depth, fit, threads = points[0].case.depth, fit_of(points), torch.get_num_threads()
     figure.suptitle(f"A training step on one image, every pixel a token: {depth} block{'s' * (depth > 1)}, fp32, "
                     f"{threads} thread{'s' * (threads > 1)} of a CPU", fontsize=11, fontweight="bold")  # fmt: skip
-    panels = figure.subplots(1, 3)
-    for axes in panels:
+    panels = figure.subplots(2, 2)
+    for axes in panels.flat:
         axes.set(xscale="log", yscale="log")
     own = [point for point in points if point.case.size == SIZE]
-    _draw_time(panels[0], own, fit)
-    _draw_memory(panels[1], own)
-    _draw_sizes(panels[2], [point for point in points if point.case.image == IMAGE], fit)
-    for axes in panels:
+    sizes = sorted((point for point in points if point.case.image == IMAGE), key=lambda point: point.work.width)
+    _draw_time(panels[0, 0], own, fit)
+    _draw_time_of_sizes(panels[0, 1], sizes, fit)
+    _draw_memory(panels[1, 0], own, f"measured, {SIZE}", "tokens")
+    _over_tokens(panels[1, 0], own, KEPT)
+    _draw_memory(panels[1, 1], sizes, f"measured, {sizes[0].work.tokens:,} tokens", "width")
+    _over_widths(panels[1, 1], sizes, KEPT)
+    for axes in panels.flat:
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.minorticks_off()
@@ -321,22 +326,20 @@ def _draw_time(axes: Axes, points: Sequence[Point], fit: Fit) -> None:
     _over_tokens(axes, points, "milliseconds of a step")
 
 
-def _draw_memory(axes: Axes, points: Sequence[Point]) -> None:
-    curve, done = [point.work for point in points], [point for point in points if point.times]
-    _measured(axes, [p.work.tokens for p in done], [p.kept / 1e6 for p in done], f"measured, {SIZE}")
-    _line(axes, curve, [work.kept / 1e6 for work in curve], "formula: 64 bytes per token, channel and block", FITTED)
-    _over_tokens(axes, points, "MB kept for the backward")
+def _draw_memory(axes: Axes, points: Sequence[Point], label: str, x: str) -> None:
+    done = [point for point in points if point.times]
+    _measured(axes, [getattr(p.work, x) for p in done], [p.kept / 1e6 for p in done], label)
+    _line(axes, [p.work for p in points], [p.work.kept / 1e6 for p in points],
+          "formula: 64 bytes per token, channel and block", FITTED, x=x)  # fmt: skip
 
 
-def _draw_sizes(axes: Axes, points: Sequence[Point], fit: Fit) -> None:
-    points = sorted(points, key=lambda point: point.work.width)
+def _draw_time_of_sizes(axes: Axes, points: Sequence[Point], fit: Fit) -> None:
     curve, done = [point.work for point in points], [point for point in points if point.times]
     _measured(axes, [p.work.width for p in done], [1e3 * p.seconds for p in done],
               f"measured, {curve[0].tokens:,} tokens")
     _line(axes, curve, [1e3 * fit.seconds(work) for work in curve], f"fit over {SIZE}, as on the left", FITTED,
           x="width")
-    axes.set(xlabel="width, channels of a token", ylabel="milliseconds of a step")
-    axes.set_xticks([work.width for work in curve], [f"{point.case.size}\n{point.work.width}" for point in points])
+    _over_widths(axes, points, "milliseconds of a step")
 
 
 def _between(first: Case, last: Case, count: int = 25) -> list[Work]:
@@ -360,3 +363,8 @@ def _over_tokens(axes: Axes, points: Sequence[Point], label: str) -> None:
     ticks = [tokens for tokens in (64, 256, 1024, 4096, 16384, 50176)
              if points[0].work.tokens <= tokens <= points[-1].work.tokens]
     axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+
+
+def _over_widths(axes: Axes, points: Sequence[Point], label: str) -> None:
+    axes.set(xlabel="width, channels of a token", ylabel=label)
+    axes.set_xticks([p.work.width for p in points], [f"{p.case.size}\n{p.work.width}" for p in points])

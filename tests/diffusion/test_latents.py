@@ -27,7 +27,10 @@ from diffusion import latents as latents_room
 from diffusion.autoencoder import Autoencoder
 from diffusion.latent_set import LatentSet
 from diffusion.latents import main
+from diffusion.process import GaussianDiffusion
 from diffusion.published import load_autoencoder
+from diffusion.samples import as_pixels
+from diffusion.sampling import Sampler
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
 CHOSEN = [0, 9, 4, 250, 77, 3, 12, 100]
@@ -100,6 +103,26 @@ def test_what_a_model_generates_is_decoded_as_what_it_was_given_was_encoded(tmp_
     with torch.no_grad():
         expected = net.decode(net.sample(net.moments(images), noise))
     torch.testing.assert_close(data.decode(batches(file, None, 1, flip=0.0)["image"]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_an_image_is_a_function_of_its_number_behind_an_autoencoder_too(tmp_path: Path, kind: str) -> None:
+    """VQ's decoder is given the nearest codes, which rounding in another batch might change."""
+    data = attached(save(tmp_path / "autoencoder.ckpt", kind), None, "train", 0.0, 0)
+    torch.manual_seed(0)
+    net = DiT(4, 1, 2, 3, width=16, depth=2, heads=2).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    sampler = Sampler(GaussianDiffusion(), "ddim", 12, guidance=1.5)
+
+    def drawn(numbers: torch.Tensor) -> torch.Tensor:
+        return as_pixels(data.decode(sampler(net, numbers, numbers % 3))).int()
+
+    whole = drawn(torch.arange(64))
+    assert len(whole.flatten(1).unique(dim=0)) == 64
+    for numbers in ([6, 2], [0, 1, 5], [63]):
+        assert (drawn(torch.tensor(numbers)) - whole[numbers]).abs().max() <= 1  # a level of grey
 
 
 def test_kl_latents_are_drawn_anew_in_every_epoch(tmp_path: Path) -> None:
