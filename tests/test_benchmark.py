@@ -468,17 +468,21 @@ def test_a_store_is_written_beside_decoding_alone(tmp_path: Path, monkeypatch: p
     files = tmp_path / "pictures"
     pipelines.photographs(files)
     monkeypatch.setattr(building, "processes", ThreadPoolExecutor)
-    decoded, written = [], []
+    opened, decoded, written = [], [], []
+    monkeypatch.setattr("PIL.Image.Image.convert", lambda image, mode: opened.append(image.filename))
     monkeypatch.setattr(building, "decode", lambda file, channels: decoded.append(file))
     monkeypatch.setattr(building, "write_shard", lambda folder, number, part, channels, side: (
         written.append((number, side, *part)), (number, True))[1])
-    seconds = iter([[2.0, 4.0, 2.0], [4.0, 5.0, 2.0]])
+    seconds = iter([[4.0, 4.0, 4.0], [2.0, 4.0, 2.0], [4.0, 5.0, 2.0]])
     monkeypatch.setattr(building, "interleaved", lambda sides, rounds: {
         name: run() and None or next(seconds) for name, run in sides.items()})
     rows = building.measure(str(files), 32, images=10, workers=2, rounds=3)
     assert len(decoded) == 20 and sorted(decoded[:10]) == sorted(f for _, _, *part in written[:4] for f in part)
+    assert sorted(opened) == sorted(decoded)
     assert sorted(number for number, _, *_ in written) == list(range(8)) and {side for _, side, *_ in written} == {32}
-    assert rows == [("decoding alone", "5", ""), ("a store of 32x32", "2", "0.80 (0.65 to 0.90)")]
+    assert rows == [("PIL's decoding alone", "2", "", ""),
+                    ("the suite's decoding alone", "5", "2.00 (1.50 to 2.00)", ""),
+                    ("a store of 32x32", "2", "1.00 (0.90 to 1.50)", "0.80 (0.65 to 0.90)")]
 
 
 @pytest.mark.parametrize("config", [

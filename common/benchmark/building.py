@@ -1,10 +1,10 @@
-"""Building a store on all cores, beside nothing but decoding the same photographs."""
+"""Building a store on all cores, beside nothing but decoding the same photographs, by PIL and by the suite."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from itertools import count
@@ -15,7 +15,8 @@ from common.benchmark.pipelines import photographs
 from common.data.folders import ImageFolder, decode
 from common.data.store import processes, write_shard
 
-COLUMNS = ("on all cores", "images/s", "of the decoder's speed (quartiles)")
+COLUMNS = ("on all cores", "images/s", "of PIL's speed (quartiles)", "of the suite's (quartiles)")
+CHANNELS = 3
 PARTS = 2  # for each process and round, as shards are many
 
 
@@ -26,28 +27,35 @@ def measure(folder: str | None, side: int, images: int, workers: int, rounds: in
         files, _ = source.read(Path(root), "train")
         chosen = [files[i % len(files)] for i in range(images)]
         parts = [chosen[i :: PARTS * workers] for i in range(PARTS * workers)]
-        written = partial(_write, pool, Path(root), parts, source.channels, side, count())
-        sides = {"decoding alone": partial(_decode, pool, parts, source.channels), f"a store of {side}x{side}": written}
+        written = partial(_write, pool, Path(root), parts, side, count())
+        sides = {"PIL's decoding alone": partial(_each, pool, _decode_by_pil, parts),
+                 "the suite's decoding alone": partial(_each, pool, _decode, parts),
+                 f"a store of {side}x{side}": written}  # fmt: skip
         for run in sides.values():
             run()  # the processes have started, and the files are in memory
         times = interleaved({name: timed(run) for name, run in sides.items()}, rounds)
-    decoding, store = times
-    share = ratios(times[store], times[decoding])
-    return [(name, f"{images / statistics.median(seconds):,.0f}", "" if name == decoding else f"{share:.2f}")
-            for name, seconds in times.items()]
+    decoders = list(times)[:-1]
+    return [(name, f"{images / statistics.median(seconds):,.0f}",
+             *(f"{ratios(seconds, times[of]):.2f}" if i > j else "" for j, of in enumerate(decoders)))
+            for i, (name, seconds) in enumerate(times.items())]
 
 
-def _decode(pool: Executor, parts: list[list[str]], channels: int) -> None:
-    list(pool.map(_decode_all, parts, [channels] * len(parts)))
+def _each(pool: Executor, work: Callable[[list[str]], None], parts: list[list[str]]) -> None:
+    list(pool.map(work, parts))
 
 
-def _decode_all(files: list[str], channels: int) -> None:
+def _decode_by_pil(files: list[str]) -> None:
+    from PIL import Image
+
     for file in files:
-        decode(file, channels)
+        Image.open(file).convert("RGB")
 
 
-def _write(
-    pool: Executor, root: Path, parts: list[list[str]], channels: int, side: int, numbers: Iterator[int]
-) -> None:
-    jobs = [pool.submit(write_shard, root, next(numbers), part, channels, side) for part in parts]
+def _decode(files: list[str]) -> None:
+    for file in files:
+        decode(file, CHANNELS)
+
+
+def _write(pool: Executor, root: Path, parts: list[list[str]], side: int, numbers: Iterator[int]) -> None:
+    jobs = [pool.submit(write_shard, root, next(numbers), part, CHANNELS, side) for part in parts]
     assert all(job.result()[1] for job in jobs)  # anew, each time
