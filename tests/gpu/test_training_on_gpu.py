@@ -24,12 +24,19 @@ def losses(command, name: str, *options: str) -> dict[str, float]:
     return json.loads(Path("runs/supervised", name, "results.json").read_text())["metrics"]
 
 
-def test_a_run_in_bf16_learns_what_one_in_fp32_learns(command) -> None:
-    """20 epochs of digits, compiled in bf16 and plain in fp32."""
+def test_a_run_in_bf16_learns_what_one_in_fp32_learns(command, scalars) -> None:
+    """20 epochs of digits, compiled in bf16 and plain in fp32: at their end, and all along the curve of the loss.
+
+    On a CPU its 18 points, which fall from 2.30 to 1.58, are 0.021 apart in the mean and 0.073 at most.
+    """
     fp32 = losses(command, "fp32", "--compile", "false")
     bf16 = losses(command, "bf16", "--trainer.precision", "bf16-mixed")
     assert bf16["train/loss"] == pytest.approx(fp32["train/loss"], abs=0.05)
     assert bf16["val/acc1"] == pytest.approx(fp32["val/acc1"], abs=3)
+    curves = [torch.tensor(scalars(Path("runs/supervised", name))["train/loss"]) for name in ("bf16", "fp32")]
+    assert torch.equal(curves[0][:, 0], curves[1][:, 0])  # the same steps
+    apart = (curves[0] - curves[1])[:, 1].abs()
+    assert apart.mean() < 0.05 and apart.max() < 0.2 and curves[1][0, 1] - curves[1][-1, 1] > 0.4
 
 
 @pytest.mark.parametrize("config", CONFIGS)
