@@ -230,7 +230,7 @@ def test_rows_of_the_trainer(fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([[[0.001, 0.003], [0.002, 0.003], [0.002, 0.006]], [[0.1, 0.1], [0.1, 0.104]]])
     monkeypatch.setattr(trainer_cost, "interleaved", lambda sides, rounds: dict(zip(sides, next(times), strict=True)))
     rows = trainer_cost.measure(7, 2)
-    assert [row[0] for row in rows] == ["null model, 7 steps"] * 3 + ["tiny/2 at 32x32, batch 1, 6 steps"] * 2
+    assert [row[0] for row in rows] == ["null model, 7 steps"] * 3 + ["tiny/2 at 32x32, batch 1, 50 steps"] * 2
     assert [row[1].split(",")[0] for row in rows] == ["plain", "plain", "Trainer", "plain", "Trainer"]
     assert [row[2] for row in rows] == ["2.000", "2.500", "4.000", "100.000", "102.000"]
     assert [row[3] for row in rows] == ["", "0.500 (0.250 to 0.750)", "2.000 (1.500 to 2.500)", "",
