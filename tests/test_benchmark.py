@@ -451,7 +451,7 @@ def test_every_mode_reports_with_its_circumstances(
         "PIL, image by image", "the suite's, image by image", "the suite's, from a store of 96x96",
         "the suite's, from that store, and RandAugment"]
     assert [len(row) for row in rows].count(3) == 2 + 2  # heading, rule and rows of the augmentation
-    assert sum(row[:2] == ["tiny/2 at 8x8, batch 1, 6 steps", loop] for row in rows
+    assert sum(row[:2] == ["tiny/2 at 8x8, batch 1, 50 steps", loop] for row in rows
                for loop in (trainer_cost.MEMORY, trainer_cost.TRAINER)) == 2
     written = json.loads((tmp_path / "all.json").read_text())
     assert written["command"].startswith("python -m common.benchmark all") and "torch" in written["circumstances"]
