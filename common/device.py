@@ -52,7 +52,12 @@ def _made(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 (AVX-512's instructions); others imitate it, slower than fp32."""
+    """Whether the CPU multiplies in bf16; others only imitate it, many times slower."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_avx512_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 by AVX-512's instructions."""
     return torch.cpu._is_avx512_bf16_supported()
 
 

@@ -142,7 +142,10 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def crop(
     images: Tensor, boxes: Boxes, size: tuple[int, int], interpolation: Filter, flip: Tensor | None = None
 ) -> Tensor:
-    """The boxes of float images (B, C, h, w), resized to `size`: (B, C, H, W). Bicubic may leave the images' range."""
+    """The boxes of images (B, C, h, w), uint8 or float, resized to `size`: float (B, C, H, W).
+
+    Bicubic may leave the images' range.
+    """
     return resample(images, *crop_weights(boxes, images.shape[-2:], size, interpolation, flip))
 
 

@@ -1,7 +1,8 @@
-"""Which attention a block runs: torch's fused one, but plain attention in bf16 on a CPU.
+"""Which attention a block runs: torch's fused one, but plain attention in bf16 on a CPU that multiplies in it.
 
-There torch's takes as long in bf16 as in fp32, its backward at the least, while a matrix product takes half of that or
-less (RESULTS.md, Speed on CPU). Plain attention rounds its logits to bf16, which the fused one keeps in fp32.
+There torch's takes as long in bf16 as in fp32, while a matrix product takes half of that or less (RESULTS.md, Speed on
+CPU). With a matrix unit (AMX) its forward is fast, and its backward alone is plain attention's. That rounds its logits
+to bf16, which the fused one keeps in fp32.
 
 Shapes: B batch, H heads, N queries, M keys, K channels of a head.
 """
@@ -17,7 +18,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from common.device import has_bf16, has_matrix_unit
+from common.device import has_avx512_bf16, has_matrix_unit
 
 # Entries of the attention maps that are computed at once, of one head at the least: 1 MB, a core's cache.
 HELD = 2**19
@@ -40,11 +41,14 @@ def blocked(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if v.device.type != "cpu" or torch.compiler.is_compiling() or q.shape[2] * k.shape[2] > LARGEST:
         return False
     precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else v.dtype
-    return precision == torch.bfloat16 and has_bf16()
+    return precision == torch.bfloat16 and has_avx512_bf16()
 
 
 class BlockedAttention(Function):
-    """Plain attention, a few heads at a time; the backward computes the maps anew, as fused kernels do."""
+    """Plain attention, a few heads at a time; the backward computes the maps anew, as fused kernels do.
+
+    With a matrix unit the forward is torch's.
+    """
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)

@@ -31,10 +31,10 @@ Four keys of an arm are no overrides:
         fine-tuned:
           config: mae/*_finetune          # mae/configs/cifar100_finetune.yaml at scale paper
           runs: {init_from: pre-training} # options that name run folders of arms above this one, of the same seed
-        unguided: {again: guided, model.predict.guidance: 1}   # a copy of an arm above, tested otherwise
         guided:
-          prepare: diffusion.latents FOLDER   # a command that goes before, and is given what the training is
+          prepare: diffusion.latents FOLDER   # a short command that goes before, and is given what the training is
           data.latents: FOLDER
+        unguided: {again: guided, model.predict.guidance: 1}   # a copy of an arm above, tested otherwise
 
 An arm that others use in `runs` is a step on the way: it is trained like any other, and is not compared. Where the
 metric is one of `test/`, the compared arms are tested after their training. A figure that is no curve is drawn by a

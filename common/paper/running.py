@@ -91,10 +91,14 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
         print(f"{place}: {price(start).flops:.2g} FLOP; {pace.left()}", flush=True)
         fresh, began = state(start) == "missing", time.perf_counter()
         for stage in start.stages:
+            if stage == "prepare" and state(start) not in ("missing", "unfinished"):
+                continue  # there is nothing to train, or its training will say why not
             if (state(start) == "not tested") == (stage == "test"):
                 print(start.shown(stage), flush=True)
                 if code := _called(start.command(stage), place):
                     return code
+            if stage == "prepare":
+                began = time.perf_counter()
         if state(start) == "not tested":
             folder = start.located[0]
             tags = [tag for tag in sorted(read_run(folder).results["metrics"]) if tag.startswith("test/")]

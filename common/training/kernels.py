@@ -20,7 +20,7 @@ def attention_kernels(
     compiled: bool = False,
 ) -> str:  # fmt: skip
     """The kernels of a net's rows of blocks, such as `flash` or `cudnn`, told by running them; `math` is not fused, and
-    neither is `blocked`, the suite's own.
+    neither is `blocked`, the suite's own (common/model/blocked_attention.py).
 
     Args:
         tokens: the longest sequence.

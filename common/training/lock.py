@@ -65,9 +65,8 @@ class RunLock:
             holder = _read(file)
             os.close(file)
             if holder.get("job") is None or holder["job"] != os.environ.get("SLURM_JOB_ID"):
-                who = f"process {holder['process']} on {holder['host']}" if holder else "another process"
-                raise InputError(f"{self.folder}: {who} is training in this folder; wait for it or stop it, or choose "
-                                 "another --run_name")
+                raise InputError(f"{self.folder}: {_named(holder)} is training in this folder; wait for it or stop it, "
+                                 "or choose another --run_name")
             self._replace()
 
     def _replace(self) -> None:
@@ -104,14 +103,19 @@ class RunLock:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block of the folder, which is made where it is missing."""
+    """Waits until no other process is in such a block of the folder, which is made where it is missing.
+
+    Raises:
+        OSError: the lock cannot be asked for; to wait for it would never end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _locked(file):
-            print(f"{folder}: waiting for another process that writes there", flush=True)
+            print(f"{folder}: waiting for {_named(_read(file))}, which writes there", flush=True)
             while not _locked(file):
                 time.sleep(WAIT)
+        _write(file)
         yield
     finally:
         os.close(file)  # and with it the lock
@@ -122,10 +126,16 @@ def _locked(file: int) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has it
             return False
+        if error.errno not in _UNSUPPORTED:
+            raise
         rank_zero_warn("this file system has no locks; see that no other process writes to the same folder")
     return True
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return f"process {holder['process']} on {holder['host']}" if holder else "another process"
 
 
 def _is(file: int, path: Path) -> bool:

@@ -195,7 +195,7 @@ def test_it_waits_for_another_that_writes_there(tmp_path: Path) -> None:
         process = start(folder, autoencoder)
         while "waiting" not in process.stdout and process.poll() is None:
             time.sleep(0.05)
-        assert process.poll() is None and f"{folder}: waiting for another process" in process.stdout
+        assert process.poll() is None and f"{folder}: waiting for process {os.getpid()} on " in process.stdout
         assert [path.name for path in folder.iterdir()] == ["lock"]
     assert process.wait() == 0 and (folder / "train/index.json").is_file(), process.stderr
 

@@ -72,7 +72,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tells the suite whether this CPU multiplies in bf16, and whether in tiles."""
 
     def tell(bf16: bool, tiles: bool = False) -> None:
-        monkeypatch.setattr(blocked_attention, "has_bf16", lambda: bf16)
+        monkeypatch.setattr(blocked_attention, "has_avx512_bf16", lambda: bf16)
         monkeypatch.setattr(blocked_attention, "has_matrix_unit", lambda: tiles)
 
     return tell
@@ -91,9 +91,10 @@ def test_the_fused_kernel_of_a_cpu(tokens, head, precision, processor):
 def test_attention_in_blocks(tokens, head, tiles, processor, monkeypatch):
     processor(bf16=True, tiles=tiles)
     reference(tokens, head, "cpu")
-    if not tiles:
-        monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # it is not what runs
-    whole, token = errors(tokens, head, SDPBackend.MATH, "bf16-mixed", "cpu")
+    called, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given: called.append(1) or fused(*given))
+    whole, token = errors(tokens, head, SDPBackend.FLASH_ATTENTION, "bf16-mixed", "cpu")
+    assert len(called) == tiles  # the forward is torch's where there are tiles, and there alone
     assert whole < BOUNDS["bf16-mixed"][0] and token < BOUNDS["bf16-mixed"][1]
 
 
@@ -116,12 +117,13 @@ def test_blocks_of_any_size_are_plain_attention(held, tiles, processor, monkeypa
 
 @pytest.mark.parametrize("spread, common, bound", [(4, 0, 0.025), (8, 0, 0.05), (16, 0, 0.1), (1, 20, 0.02),
                                                    (1, 80, 0.03)])  # fmt: skip
-def test_what_rounding_takes_from_the_logits_of_blocks(spread, common, bound, processor):
+@pytest.mark.parametrize("tiles", [False, True])
+def test_what_rounding_takes_from_the_logits_of_blocks(spread, common, bound, tiles, processor):
     """They deviate by `spread`, and those of a query have `common` in common, which a softmax does not feel.
 
     The bounds are twice what was measured; with what they have in common the last one's errors are 0.085 to 0.101.
     """
-    processor(bf16=True)
+    processor(bf16=True, tiles=tiles)
     generator = torch.Generator().manual_seed(0)
     q, k, v, gradient = torch.randn(4, 2, 3, 256, HEAD, generator=generator)
     along = torch.full((HEAD,), (common * HEAD**-0.5) ** 0.5)  # its square, scaled, is `common`

@@ -51,7 +51,7 @@ def result(net, inputs) -> torch.Tensor:
 def test_compiled_blocks_compute_the_same_in_as_many_forms_as_there_are_kinds_of_rows(of, forms, bf16, monkeypatch):
     """A net of 12 blocks with as many drop-path rates has two forms: with dropped paths, and without."""
     # Torch's attention on both sides: what is compiled has no other, and another rounds otherwise.
-    monkeypatch.setattr("common.model.blocked_attention.has_bf16", lambda: False)
+    monkeypatch.setattr("common.model.blocked_attention.has_avx512_bf16", lambda: False)
     torch.manual_seed(0)
     net, inputs = of()
     plain = copy.deepcopy(net.train())

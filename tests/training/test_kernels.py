@@ -25,7 +25,7 @@ def test_it_is_the_one_that_torch_is_held_to(backend, name, masked):
 
 
 def test_it_is_that_in_blocks(monkeypatch):
-    monkeypatch.setattr("common.model.blocked_attention.has_bf16", lambda: True)
+    monkeypatch.setattr("common.model.blocked_attention.has_avx512_bf16", lambda: True)
     with torch.device("meta"):
         net = VisionTransformer(8, 1, size="nano")
     assert attention_kernels(net, 65, False, CPU, torch.autocast("cpu", torch.bfloat16)) == "blocked"
