@@ -230,8 +230,7 @@ def in_batches(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> T
 @torch.no_grad()
 def one_by_one(net: DiT, sampler: Sampler, numbers: Tensor, labels: Tensor) -> Tensor:
     """The same samples in the loop that one would write by hand."""
-    process, scheduler = ddim(sampler.visited)
-    timesteps = process.timesteps.to(numbers.device)
+    scheduler, timesteps = ddim(sampler.visited), sampler.visited.timesteps.to(numbers.device)
     samples, nothing = [], labels.new_tensor([net.classes])
     for number, label in zip(numbers.split(1), labels.split(1), strict=True):
         x = sampler.noise("sample", number, (net.channels, *net.input_size))

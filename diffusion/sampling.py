@@ -105,7 +105,10 @@ class Sampler:
         return x
 
     def _scheduled(self, net: DiT, x: Tensor, labels: Tensor | None, stepped: Callable[[], None]) -> Tensor:
-        process, scheduler = dpm_solver(self.process, self.steps) if self.solver == "dpm++" else ddim(self.visited)
+        if self.solver == "ddim":
+            process, scheduler = self.visited, ddim(self.visited)
+        else:
+            process, scheduler = self.process, dpm_solver(self.process, self.steps)
         for step in scheduler.timesteps.tolist():
             noise = self.predicted(net, x, int(process.timesteps[step]), labels)[:, : net.channels]
             x = scheduler.step(noise, step, x).prev_sample
@@ -113,8 +116,8 @@ class Sampler:
         return x
 
 
-def ddim(visited: GaussianDiffusion) -> tuple[GaussianDiffusion, DDIMScheduler]:
-    """A process, each step of which diffusers' DDIM takes.
+def ddim(visited: GaussianDiffusion) -> DDIMScheduler:
+    """diffusers' DDIM, which takes every step of a process.
 
     It is given the respaced one, since its own spacing steps back by a fixed number of timesteps, which are not those
     that an evenly spaced process visits: the net would be told of another noise than its input has.
@@ -124,16 +127,16 @@ def ddim(visited: GaussianDiffusion) -> tuple[GaussianDiffusion, DDIMScheduler]:
     scheduler = DDIMScheduler(visited.steps, clip_sample=False)
     scheduler.alphas_cumprod = visited.alphas_cumprod  # not of fp32 betas: where steps are few, the last is nearly 1
     scheduler.set_timesteps(visited.steps)
-    return visited, scheduler
+    return scheduler
 
 
-def dpm_solver(process: GaussianDiffusion, steps: int) -> tuple[GaussianDiffusion, DPMSolverMultistepScheduler]:
-    """A process, so many of whose steps, evenly spaced, diffusers' DPM-Solver++ takes."""
+def dpm_solver(process: GaussianDiffusion, steps: int) -> DPMSolverMultistepScheduler:
+    """diffusers' DPM-Solver++, which takes so many steps of a process, evenly spaced."""
     from diffusers import DPMSolverMultistepScheduler  # costs 4 s
 
     scheduler = DPMSolverMultistepScheduler(trained_betas=process.betas.numpy(), timestep_spacing="linspace")
     scheduler.set_timesteps(steps)
-    return process, scheduler
+    return scheduler
 
 
 def labels_of(numbers: Tensor, classes: list[int], seed: int) -> Tensor:

@@ -91,9 +91,7 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
         print(f"{place}: {price(start).flops:.2g} FLOP; {pace.left()}", flush=True)
         fresh, began = state(start) == "missing", time.perf_counter()
         for stage in start.stages:
-            if stage == "prepare" and state(start) not in ("missing", "unfinished"):
-                continue  # there is nothing to train, or its training will say why not
-            if (state(start) == "not tested") == (stage == "test"):
+            if _due(start, stage):
                 print(start.shown(stage), flush=True)
                 if code := _called(start.command(stage), place):
                     return code
@@ -120,6 +118,13 @@ def run(exhibit: Exhibit, scale: Scale, seeds: int | None, pace: Pace | None = N
         section.print()
     section.write()
     return code
+
+
+def _due(start: Start, stage: str) -> bool:
+    there = state(start)
+    if stage == "prepare":  # else there is nothing to train, or its training will say why not
+        return there in ("missing", "unfinished")
+    return (there == "not tested") == (stage == "test")
 
 
 def _printed(scale: Scale, exhibit: str) -> int:

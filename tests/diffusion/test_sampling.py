@@ -103,7 +103,8 @@ def test_ddim_is_that_of_diffusers_own_spacing_where_its_timesteps_are_evenly_sp
     scheduler.set_timesteps(20)
     visited = scheduler.timesteps.flip(0)
     kept = GaussianDiffusion().alphas_cumprod[visited]
-    process, steps = ddim(GaussianDiffusion(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), visited))
+    process = GaussianDiffusion(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), visited)
+    steps = ddim(process)
     assert process.timesteps[steps.timesteps].tolist() == scheduler.timesteps.tolist()
     ours = theirs = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for step, timestep in zip(steps.timesteps.tolist(), scheduler.timesteps, strict=True):
