@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.command import Parser, run_command
 from common.data.augment import Augment
@@ -104,9 +105,6 @@ def write_shard(
     Raises:
         InputError: a file that cannot be read, or a shard that is not as it was written.
     """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2.functional import resize
-
     path = shard_file(folder, number)
     if checksum_of(path).is_file():
         known = int(mapped(checksum_of(path)))
@@ -118,7 +116,7 @@ def write_shard(
     for row, file in enumerate(files):
         image = decode(file, channels)
         shapes[row] = image.shape[1:]
-        images[row] = resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True).numpy()
+        images[row] = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
     checksum = _checksum(images, shapes)
     path.unlink(missing_ok=True)  # whatever ends the writing, no other pixels lie beside these shapes and checksum
     for place, array in [(shapes_of(path), shapes), (checksum_of(path), np.uint32(checksum)), (path, images)]:

@@ -118,10 +118,12 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._saved:
             return
         self._saved = trainer.global_step
+        curves = next((callback for callback in trainer.callbacks if isinstance(callback, Curves)), None)
+        if curves:
+            curves.settle(trainer, module)
         # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
         parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
         if not trainer.strategy.reduce_boolean_decision(all(part.isfinite().all() for part in parts), all=True):
-            curves = next((callback for callback in trainer.callbacks if isinstance(callback, Curves)), None)
             first = curves and curves.refuse_nonfinite and curves.first_nonfinite(trainer)
             since = f"train/loss is not finite since step {first}, and " if first else ""
             raise FloatingPointError(f"{since}weights are not finite at step {trainer.global_step}; the last "

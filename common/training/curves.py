@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -18,14 +18,33 @@ from common.device import peak_flops
 STARVING = 0.3  # share of the time without data from which a warning is due
 
 
+class Point(NamedTuple):
+    """What is written of a step, while its values are on their way from the device.
+
+    Args:
+        step: optimiser steps done.
+        steps: those since the last point.
+        names: of the values.
+        values: one each, on the CPU once they have arrived.
+        arrived: a GPU's event to wait for; None where they are there.
+    """
+
+    step: int
+    steps: int
+    lr: float
+    names: list[str]
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+
 class Curves(L.Callback):
     """Writes `train/loss`, `train/lr`, `train/grad_norm`, `train/images_per_second`, `train/data_wait` and `train/mfu`
     every `log_every_n_steps` steps.
 
     Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
     `train/l1`. The loss, like them, is that of the step's whole global batch: the mean over the micro-batches, or over
-    those that returned it. Between two points nothing is read from
-    the device, so a step never waits for it. The x axis counts optimiser steps done, in validation too, unless `Events`
+    those that returned it. Nothing is read from a GPU but at these points, and there only when the next step has been
+    launched, so that it has work meanwhile. The x axis counts optimiser steps done, in validation too, unless `Events`
     makes images of them. `train/mfu`, the share of the devices' peak that the model's own FLOPs reach, is left out
     where the peak is not known. `train/data_wait` is the share of the time in which there was no batch to train on;
     where it is large, that is said. `train/grad_norm` is the norm of all gradients before they are clipped.
@@ -41,6 +60,7 @@ class Curves(L.Callback):
         self.clock = time.perf_counter  # replaced in tests
         self._returned: dict[str, list[torch.Tensor]] = {}  # by the step's micro-batches so far
         self._losses: list[torch.Tensor] = []  # of the steps since the last point, to name the one that went wrong
+        self._point: Point | None = None  # not yet written
         self._lr = 0.0
         self._grad_norm = torch.tensor(0.0)
         self._started = self._idle_since = 0.0
@@ -79,22 +99,32 @@ class Curves(L.Callback):
         returned, self._returned = self._returned, {}
         self._steps += 1
         self._losses.append(sum(returned["loss"]))  # Lightning has divided it, and nothing beside it
+        self.settle(trainer, module)  # a GPU is at this step by now
         if trainer.global_step % trainer.log_every_n_steps == 0:
             means = {name: sum(values) / len(values) for name, values in returned.items()} | {"loss": self._losses[-1]}
+            means["grad_norm"] = self._grad_norm  # which all ranks have alike
             reduced = trainer.strategy.reduce(torch.stack([mean.float() for mean in means.values()]), reduce_op="mean")
-            self._write(trainer, module, dict(zip(means, reduced.tolist(), strict=True)))
+            self._point = Point(trainer.global_step, self._steps, self._lr, list(means), *fetched(reduced))
+            self._steps = 0
+            if self._point.arrived is None:
+                self.settle(trainer, module)
 
-    def _write(self, trainer: L.Trainer, module: L.LightningModule, scalars: dict[str, float]) -> None:
-        step, norm = trainer.global_step, float(self._grad_norm)
-        if self.refuse_nonfinite and not (math.isfinite(scalars["loss"]) and math.isfinite(norm)):
-            self._refuse(trainer, scalars["loss"], norm)
-        self._losses = []
+    def settle(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Writes the point that is not yet written, if there is one. To be called by all ranks at the same step."""
+        if not self._point:
+            return
+        point, self._point = self._point, None
+        if point.arrived:
+            point.arrived.synchronize()
+        scalars = dict(zip(point.names, point.values.tolist(), strict=True))
+        if self.refuse_nonfinite and not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
+            self._refuse(trainer, point.step, scalars)
+        self._losses = self._losses[len(self._losses) - (trainer.global_step - point.step) :]
         seconds = max(self.clock() - self._started, 1e-9)
-        images_per_second = self._steps * trainer.datamodule.global_batch / seconds
+        images_per_second = point.steps * trainer.datamodule.global_batch / seconds
         self.values = {
             **{f"train/{name}": value for name, value in scalars.items()},
-            "train/lr": self._lr,
-            "train/grad_norm": norm,
+            "train/lr": point.lr,
             "train/images_per_second": images_per_second,
             "train/data_wait": self._waited / seconds,
         }
@@ -102,8 +132,12 @@ class Curves(L.Callback):
         if self.peak_flops:
             flops = module.cost(module.net).training_flops * images_per_second
             self.values["train/mfu"] = flops / self.peak_flops
-        trainer.logger.log_metrics(self.values, step=step)
-        self._restart_clock()
+        trainer.logger.log_metrics(self.values, step=point.step)
+        self._started = self._idle_since = self.clock()
+        self._waited = 0.0
+
+    # What restarts the clock, or keeps the values, comes after the point.
+    on_validation_start = on_train_epoch_end = settle
 
     def first_nonfinite(self, trainer: L.Trainer) -> int | None:
         """The first step since the last point whose loss was not finite, on any rank. To be asked by all of them."""
@@ -113,10 +147,10 @@ class Curves(L.Callback):
         sound = (trainer.strategy.reduce(finite, reduce_op="sum") == trainer.world_size).tolist()
         return None if all(sound) else trainer.global_step - len(sound) + 1 + sound.index(False)
 
-    def _refuse(self, trainer: L.Trainer, loss: float, norm: float) -> None:
+    def _refuse(self, trainer: L.Trainer, step: int, scalars: dict[str, float]) -> None:
         first = self.first_nonfinite(trainer)
-        what = f"train/loss is {loss}, for the first time at step {first}" if first else (
-            f"train/grad_norm is {norm} at step {trainer.global_step}")
+        what = f"train/loss is {scalars['loss']}, for the first time at step {first}" if first and first <= step else (
+            f"train/grad_norm is {scalars['grad_norm']} at step {step}")
         raise FloatingPointError(f"{what}; the last checkpoint is kept. Try a lower model.optim.lr, a longer warm-up, "
                                  "model.qk_norm, trainer.gradient_clip_val, or --nonfinite skip")
 
@@ -126,6 +160,16 @@ class Curves(L.Callback):
             self._starving = True
             rank_zero_warn(f"training waits for its data for {share:.0%} of the time (train/data_wait); data.workers: "
                            f"{trainer.datamodule.workers}, more of them would help where there are cores")
+
+
+def fetched(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Values on the CPU, or on their way there and the event to wait for; the GPU goes on meanwhile."""
+    if values.device.type != "cuda":
+        return values, None
+    there = values.to("cpu", non_blocking=True)  # PyTorch takes pinned memory for it
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return there, arrived
 
 
 def grad_norm(module: L.LightningModule) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from common.data.loader import GlobalBatchData
 from common.device import peak_flops
+from common.training import curves as curves_module
 from common.training.checkpoints import Checkpoints, read
 from common.training.curves import Curves
 from supervised import Classification
@@ -67,6 +68,69 @@ def test_the_loss_is_that_of_the_global_batch(train: Callable, scalars: Callable
     written = scalars(train(losses, Curves(), batch_per_device=batch_per_device).logger.log_dir)
     assert written["train/loss"] == [pytest.approx(point, abs=1e-6) for point in enumerate(losses.expected, start=1)]
     assert written["train/lr"] == [pytest.approx(point) for point in enumerate(losses.rates, start=1)]
+
+
+@pytest.fixture
+def late(monkeypatch) -> list[int]:
+    """Values that lie on the CPU only when they have been waited for, as those of a GPU; how often they were."""
+    waited = []
+
+    class Copy:
+        def __init__(self, values: torch.Tensor) -> None:
+            self.values, self.there = values.clone(), torch.full_like(values, 123.0)
+
+        def synchronize(self) -> None:
+            waited.append(len(waited))
+            self.there.copy_(self.values)
+
+    def fetched(values: torch.Tensor) -> tuple[torch.Tensor, Copy]:
+        copy = Copy(values)
+        return copy.there, copy
+
+    monkeypatch.setattr(curves_module, "fetched", fetched)
+    return waited
+
+
+class Written(L.Callback):
+    """How many points there are when a step ends, and the step of the last one where a checkpoint is saved."""
+
+    def __init__(self, late: list[int], scalars: Callable) -> None:
+        self.late, self.scalars = late, scalars
+        self.at_ends: list[int] = []
+        self.at_checkpoints: dict[int, int] = {}
+
+    def on_train_batch_end(self, *_) -> None:
+        self.at_ends.append(len(self.late))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_) -> None:
+        self.at_checkpoints[trainer.global_step] = self.scalars(trainer.logger.log_dir)["train/loss"][-1][0]
+
+
+def test_a_gpu_has_the_next_step_to_do_while_a_point_is_read(train: Callable, scalars: Callable, late: list[int]):
+    """Nothing is asked of it before; but no point is left for a checkpoint, a validation or the end of an epoch."""
+    losses, written = Losses(), Written(late, scalars)
+    trainer = train(losses, Curves(), written, Checkpoints(every_n_steps=3))
+    found = scalars(trainer.logger.log_dir)
+    assert found["train/loss"] == [pytest.approx(point, abs=1e-6) for point in enumerate(losses.expected, start=1)]
+    assert found["train/lr"] == [pytest.approx(point) for point in enumerate(losses.rates, start=1)]
+    assert min(norm for _, norm in found["train/grad_norm"]) > 0 and len(found["train/grad_norm"]) == 10
+    assert written.at_checkpoints == {step: step for step in (3, 5, 6, 9, 10)}
+    # 3 is read for its checkpoint, 5 at the epoch's end; the others while the next step is underway.
+    assert written.at_ends == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    plain = train(Curves(), folder="at once")
+    assert scalars(plain.logger.log_dir)["train/grad_norm"] == found["train/grad_norm"]
+
+
+@pytest.mark.parametrize("log_every_n_steps, step", [(1, 8), (4, 8), (50, 9)])
+def test_a_diverged_run_on_a_gpu_names_the_same_step(train: Callable, late: list[int], log_every_n_steps, step):
+    with pytest.raises(FloatingPointError, match=f"at step {step};"):
+        train(Poison(7), Curves(), Checkpoints(every_n_steps=3), log_every_n_steps=log_every_n_steps)
+
+
+def test_a_late_point_does_not_forget_the_steps_after_it(train: Callable, late: list[int]):
+    """The step that goes wrong while one is read is named by the next."""
+    with pytest.raises(FloatingPointError, match="at step 5;"):
+        train(Poison(4), Curves(), epochs=1, images=100, log_every_n_steps=4)
 
 
 def test_validation_has_the_same_axis(train: Callable, scalars: Callable):

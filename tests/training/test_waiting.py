@@ -115,14 +115,27 @@ def test_a_step_waits_for_no_gpu(config: str, options: list[str]) -> None:
             trained(module, data, taken)
 
 
-def test_average_and_curves_wait_for_no_gpu() -> None:
-    """Between two points of the curves."""
+class Recorded(list):
+    """Events of a GPU that is not there."""
+
+    def __call__(self) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda: self.append("recorded"))
+
+
+@pytest.mark.parametrize("rhythm, points", [(50, 0), (4, 1)])
+def test_average_and_curves_wait_for_no_gpu(monkeypatch, rhythm: int, points: int) -> None:
+    """Nor does a point of the curves, when it is made."""
     net, averaged = (VisionTransformer(8, 1, 1, 10, size="nano") for _ in range(2))
-    module = SimpleNamespace(net=net, compiled=False)
-    trainer = SimpleNamespace(precision="bf16-mixed", accumulate_grad_batches=2, log_every_n_steps=50, global_step=0)
-    average, curves = EMA(0.9, warmup=True), Curves()
+    module = SimpleNamespace(net=net, compiled=False, parameters=net.parameters)
+    strategy = SimpleNamespace(reduce=lambda values, reduce_op: values)
+    trainer = SimpleNamespace(precision="bf16-mixed", accumulate_grad_batches=2, log_every_n_steps=rhythm,
+                              global_step=0, strategy=strategy)  # fmt: skip
+    average, curves, events = EMA(0.9, warmup=True), Curves(), Recorded()
+    monkeypatch.setattr(torch.cuda, "Event", events)
     with on_gpu(nn.ModuleList([net, averaged])):
         optimizer = adamw(net, Recipe(lr=0.1), 0.1)
+        for parameter in net.parameters():
+            parameter.grad = torch.empty_like(parameter)
         average.on_train_start(trainer, module)
         average.net = averaged
         for micro_batch in range(8):
@@ -131,7 +144,8 @@ def test_average_and_curves_wait_for_no_gpu() -> None:
                 curves.on_before_optimizer_step(trainer, module, optimizer)
                 average.on_train_batch_end(trainer, module)
                 curves.on_train_batch_end(trainer, module, {"loss": torch.empty((), device="cuda")}, {}, micro_batch)
-        assert average.updates == 4 and len(curves._losses) == 4
+        assert average.updates == 4 and len(curves._losses) == 4 and len(events) == points
+        assert not points or (curves._point.step == 4 and curves._point.values.device.type == "cpu")
 
 
 def test_the_refusal_refuses() -> None:
