@@ -36,6 +36,9 @@ from common.benchmark.__main__ import main
 from common.benchmark.interleaving import Spread, differences, interleaved, ratios
 from common.benchmark.peers import Case
 from common.benchmark.report import Section, circumstances, table
+from common.data.folders import ImageFolder
+from common.data.store import make
+from common.data.stored import Store
 from common.errors import InputError
 from common.randomness import seeded
 from common.training.checkpoints import Checkpoints
@@ -468,21 +471,34 @@ def test_a_store_is_written_beside_decoding_alone(tmp_path: Path, monkeypatch: p
     files = tmp_path / "pictures"
     pipelines.photographs(files)
     monkeypatch.setattr(building, "processes", ThreadPoolExecutor)
-    opened, decoded, written = [], [], []
-    monkeypatch.setattr("PIL.Image.Image.convert", lambda image, mode: opened.append(image.filename))
+    opened, shrunk, decoded, written = [], [], [], []
+    monkeypatch.setattr("PIL.Image.Image.convert", lambda image, mode: opened.append(image.filename) or image)
+    monkeypatch.setattr("PIL.Image.Image.resize", lambda image, size, how: shrunk.append((image.filename, size)))
     monkeypatch.setattr(building, "decode", lambda file, channels: decoded.append(file))
     monkeypatch.setattr(building, "write_shard", lambda folder, number, part, channels, side: (
         written.append((number, side, *part)), (number, True))[1])
-    seconds = iter([[4.0, 4.0, 4.0], [2.0, 4.0, 2.0], [4.0, 5.0, 2.0]])
+    seconds = iter([[6.0, 8.0, 4.0], [4.0, 4.0, 4.0], [2.0, 4.0, 2.0], [4.0, 5.0, 2.0]])
     monkeypatch.setattr(building, "interleaved", lambda sides, rounds: {
         name: run() and None or next(seconds) for name, run in sides.items()})
     rows = building.measure(str(files), 32, images=10, workers=2, rounds=3)
     assert len(decoded) == 20 and sorted(decoded[:10]) == sorted(f for _, _, *part in written[:4] for f in part)
-    assert sorted(opened) == sorted(decoded)
+    assert sorted(opened) == sorted(decoded * 2) and sorted(shrunk) == sorted((file, (32, 32)) for file in decoded)
     assert sorted(number for number, _, *_ in written) == list(range(8)) and {side for _, side, *_ in written} == {32}
-    assert rows == [("PIL's decoding alone", "2", "", ""),
-                    ("the suite's decoding alone", "5", "2.00 (1.50 to 2.00)", ""),
-                    ("a store of 32x32", "2", "1.00 (0.90 to 1.50)", "0.80 (0.65 to 0.90)")]
+    assert rows == [
+        ("PIL's decoding and shrinking", "2", "", "", ""),
+        ("PIL's decoding alone", "2", "1.50 (1.25 to 1.75)", "", ""),
+        ("the suite's decoding alone", "5", "2.00 (2.00 to 2.50)", "2.00 (1.50 to 2.00)", ""),
+        ("a store of 32x32", "2", "1.60 (1.55 to 1.80)", "1.00 (0.90 to 1.50)", "0.80 (0.65 to 0.90)"),
+    ]
+
+
+def test_a_device_crops_what_it_holds_of_a_store_alike(tmp_path: Path) -> None:
+    source = ImageFolder(pipelines.photographs(tmp_path / "photographs"))
+    files, labels = source.read(tmp_path, "train")
+    store = Store(make(source, tmp_path, 48, workers=1), files, labels)
+    chosen = torch.arange(300) % len(files)
+    taken, held = pipelines._stored(store, chosen)(), pipelines._held(store, chosen, torch.device("cpu"))()
+    assert len(held) == 300 - pipelines.BATCH and held.std() > 0.1 and torch.equal(taken, held)
 
 
 @pytest.mark.parametrize("config", [
@@ -546,7 +562,7 @@ def test_numbers_that_make_no_sense(option: str) -> None:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["step", "--device", "cuda"], "--device cuda: step does not take it; peers and sample do"),
+    (["step", "--device", "cuda"], "--device cuda: step does not take it; peers and sample and data do"),
     (["peers", "--device", "cuda"], "--device cuda: there is no GPU that torch can use; give cpu, or leave it out"),
 ])  # fmt: skip
 def test_a_gpu_that_is_of_no_use(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@
   trainer  the Trainer of `fit`, with curves, progress, run folder and TensorBoard, against a plain loop: of a model
            that does nothing, and of ViT-T on 32x32 pixels in patches of 2x2
   augment  crop, flip, jitter and grayscale of 32x32 images in batches against PIL, which works image by image
-  data     random crops of 28x28 of photographs on disk: decoded by PIL, by the suite, and from its store, a core each
-  store    writing such a store on all cores against decoding alone; no part of `all`
+  data     random crops of 28x28 of photographs on disk: decoded by PIL, by the suite, and from its store, a core each;
+           with --device cuda also by a GPU that holds the store
+  store    writing such a store on all cores against PIL's doing the same, and against decoding alone; no part of `all`
   sequence what a device keeps for the backward of an image whose tokens it shares with another one, against a formula
   growth   time and memory of a step against the number of tokens, up to 50,176, and against the width, with the fitted
            curve beside the formula. It takes minutes, and is no part of `all`
@@ -21,8 +22,8 @@
            `import lightning`. A round takes most of a minute, so that --rounds 5 is enough; no part of `all`
   gpu      all that only a GPU shows, in about 20 minutes, and no part of `all`: see common/benchmark/gpu.py
 
-`step` runs where `fit` would, `peers` and `sample` where --device says, the others on the CPU. The sides take turns,
-and each figure is the median over rounds of what was measured side by side. The result is Markdown with command,
+`step` runs where `fit` would, `peers`, `sample` and `data` where --device says, the others on the CPU. The sides take
+turns, and each figure is the median over rounds of what was measured side by side. The result is Markdown with command,
 hardware and versions, ready for RESULTS.md, and JSON where --json names a file; progress goes to standard error.
 """
 
@@ -44,7 +45,7 @@ from common.errors import InputError
 from common.figure import check_file
 
 MODES = ("step", "peers", "sample", "trainer", "augment", "data", "sequence")
-ON_GPU = ("peers", "sample")
+ON_GPU = ("peers", "sample", "data")
 DEFAULTS = {"cpu": {"depth": 2}, "cuda": {"depth": None}}
 CONFIG = "supervised/configs/digits.yaml"
 
@@ -82,7 +83,8 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
     if options.mode in ("data", "all"):
         from common.benchmark import pipelines
 
-        rows = pipelines.measure(options.folder, options.side, options.crops, options.rounds)
+        rows = pipelines.measure(options.folder, options.side, options.crops, options.rounds,
+                                 torch.device(options.device))
         yield Section(f"Random resized crops to 28x28, {options.crops} images, one thread:", pipelines.COLUMNS, rows)
     if options.mode == "store":
         from common.benchmark import building

@@ -1,4 +1,4 @@
-"""Building a store on all cores, beside nothing but decoding the same photographs, by PIL and by the suite."""
+"""Building a store on all cores, beside shrinking the same photographs by PIL, and beside nothing but decoding them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from common.benchmark.pipelines import photographs
 from common.data.folders import ImageFolder, decode
 from common.data.store import processes, write_shard
 
-COLUMNS = ("on all cores", "images/s", "of PIL's speed (quartiles)", "of the suite's (quartiles)")
+COLUMNS = ("on all cores", "images/s", "of PIL's shrinking (quartiles)", "of PIL's decoding (quartiles)",
+           "of the suite's decoding (quartiles)")  # fmt: skip
 CHANNELS = 3
 PARTS = 2  # for each process and round, as shards are many
 
@@ -28,20 +29,28 @@ def measure(folder: str | None, side: int, images: int, workers: int, rounds: in
         chosen = [files[i % len(files)] for i in range(images)]
         parts = [chosen[i :: PARTS * workers] for i in range(PARTS * workers)]
         written = partial(_write, pool, Path(root), parts, side, count())
-        sides = {"PIL's decoding alone": partial(_each, pool, _decode_by_pil, parts),
+        sides = {"PIL's decoding and shrinking": partial(_each, pool, partial(_shrink_by_pil, side), parts),
+                 "PIL's decoding alone": partial(_each, pool, _decode_by_pil, parts),
                  "the suite's decoding alone": partial(_each, pool, _decode, parts),
                  f"a store of {side}x{side}": written}  # fmt: skip
         for run in sides.values():
             run()  # the processes have started, and the files are in memory
         times = interleaved({name: timed(run) for name, run in sides.items()}, rounds)
-    decoders = list(times)[:-1]
+    others = list(times)[:-1]
     return [(name, f"{images / statistics.median(seconds):,.0f}",
-             *(f"{ratios(seconds, times[of]):.2f}" if i > j else "" for j, of in enumerate(decoders)))
+             *(f"{ratios(seconds, times[of]):.2f}" if i > j else "" for j, of in enumerate(others)))
             for i, (name, seconds) in enumerate(times.items())]
 
 
 def _each(pool: Executor, work: Callable[[list[str]], None], parts: list[list[str]]) -> None:
     list(pool.map(work, parts))
+
+
+def _shrink_by_pil(side: int, files: list[str]) -> None:
+    from PIL import Image
+
+    for file in files:
+        Image.open(file).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _decode_by_pil(files: list[str]) -> None:

@@ -70,7 +70,7 @@ def commands() -> dict[str, list[str]]:
             "common.benchmark", "step", "--rounds", "5", "--batch", str(steps.batch), *_json(f"step-{steps.name}"),
             "--config", *configs, "--", *shlex.split(steps.options),
         ]  # fmt: skip
-    for mode in ("peers", "sample"):
+    for mode in ("peers", "sample", "data"):
         found[mode] = ["common.benchmark", mode, "--device", "cuda", "--rounds", "7", *_json(mode)]
     runs = {patch: f"gpu-cifar10-p{patch}" for patch in (1, 2)}
     for patch, run in runs.items():

@@ -1,4 +1,6 @@
-"""Training images of 28x28 from photographs on disk: decoded by PIL, by the suite, and cropped from its store."""
+"""Training images of 28x28 from photographs on disk: decoded by PIL, by the suite, and cropped from its store, also by
+the GPU that holds it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from common.benchmark.device import CPU
 from common.benchmark.interleaving import interleaved, ratios, timed
 from common.data.augment import Augment
 from common.data.folders import ImageFolder, decode
@@ -25,8 +28,12 @@ RECIPE = Augment(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5)
 RANDOMISED = replace(RECIPE, rand_augment="rand-m9-mstd0.5-inc1")  # of supervised/configs/imagenet28.yaml
 
 
-def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tuple[str, ...]]:
-    """The rows of the table, for so many draws of the photographs of `folder`, or of those that scikit-image ships."""
+def measure(
+    folder: str | None, side: int, images: int, rounds: int, device: torch.device = CPU
+) -> list[tuple[str, ...]]:
+    """The rows of the table, for so many draws of the photographs of `folder`, or of those that scikit-image ships; one
+    more where the device is a GPU.
+    """
     with tempfile.TemporaryDirectory() as root:
         source = ImageFolder(folder or photographs(Path(root) / "photographs"))
         files, labels = source.read(Path(root), "train")
@@ -35,11 +42,15 @@ def measure(folder: str | None, side: int, images: int, rounds: int) -> list[tup
         sides = {"PIL, image by image": _pil(files, chosen), "the suite's, image by image": _files(files, chosen),
                  f"the suite's, from a store of {side}x{side}": _stored(store, chosen),
                  "the suite's, from that store, and RandAugment": _randomised(store, chosen)}
-        times = interleaved({name: timed(run) for name, run in sides.items()}, rounds)
+        timers = {name: timed(run) for name, run in sides.items()}
+        if device.type == "cuda":
+            timers["the suite's, by a GPU that holds that store"] = timed(_held(store, chosen, device), device)
+        times = interleaved(timers, rounds)
         off = differences(store, files, source.channels)["mean"]
     first, *others = times
     rows = [(first, f"{images / statistics.median(times[first]):,.0f}", "", "")]
-    for name, difference in zip(others, ("0.00", f"{off:.2f}", f"{off:.2f}"), strict=True):
+    for name in others:
+        difference = f"{off:.2f}" if "store" in name else "0.00"
         faster = ratios(times[name], times[first])
         rows.append((name, f"{images / statistics.median(times[name]):,.0f}", f"{faster:.2f}", difference))
     return rows
@@ -80,11 +91,28 @@ def _files(files: list[str], chosen: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def _stored(store: Store, chosen: torch.Tensor) -> Callable[[], None]:
-    def run() -> None:
+def _stored(store: Store, chosen: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Each call gives the crops of the last batch."""
+
+    def run() -> torch.Tensor:
         for some in chosen.split(BATCH):
             images, shapes = store.take(some.tolist())
-            RECIPE.place_squares(images, shapes, RECIPE.draws(0, 0, some), SIZE)
+            crops = RECIPE.place_squares(images, shapes, RECIPE.draws(0, 0, some), SIZE)
+        return crops
+
+    return run
+
+
+def _held(store: Store, chosen: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
+    """The same by a device that holds all images."""
+    images, shapes = store.images(device), torch.from_numpy(store.shapes).to(device)
+    chosen = chosen.to(device)
+
+    def run() -> torch.Tensor:
+        for some in chosen.split(BATCH):
+            drawn = RECIPE.draws(0, 0, some)
+            crops = RECIPE.place_squares(images.index_select(0, some), shapes.index_select(0, some), drawn, SIZE)
+        return crops
 
     return run
 
