@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """What the block writes takes its name at the block's end, and is on the disk by then."""
+def whole(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """What the block writes takes its name at the block's end, and is on the disk by then.
+
+    Args:
+        ready: called when it is, before it takes its name; raises where that must not be.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -19,6 +23,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        ready()
     except BaseException:
         temporary.unlink(missing_ok=True)  # a full disk needs the room
         raise

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
 from common.errors import InputError
+from common.files import whole
 from common.training.curves import Curves
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -35,26 +36,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+
+        def make_way() -> None:
             self.check()
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
-            if isinstance(error, OSError | RuntimeError):  # torch's writer tells the second for the first
-                first: BaseException = error
-                while first.__context__ is not None:
-                    first = first.__context__
-                raise OSError(f"{path} could not be written ({first}); what was saved before is intact. Make room, and "
-                              "the same command goes on") from error
-            raise
-        if path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
-        os.replace(temporary, path)
+            if path.exists():
+                os.replace(path, path.with_name(PREVIOUS))
+
+        try:
+            with whole(path, make_way) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch's writer tells the second for the first
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            raise OSError(f"{path} could not be written ({first}); what was saved before is intact. Make room, and the "
+                          "same command goes on") from error
 
 
 class Checkpoints(Checkpoint):
