@@ -466,7 +466,7 @@ def test_every_mode_reports_with_its_circumstances(
     assert sum(map(len, tables.values())) == sum(len(row) > 1 for row in rows) - 2 * len(tables)
 
 
-def test_a_store_is_written_beside_decoding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_written_beside_pil_and_decoding_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same files, by as many processes, anew in each round; in threads here, whose start takes no time."""
     files = tmp_path / "pictures"
     pipelines.photographs(files)
@@ -562,7 +562,7 @@ def test_numbers_that_make_no_sense(option: str) -> None:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["step", "--device", "cuda"], "--device cuda: step does not take it; peers and sample and data do"),
+    (["step", "--device", "cuda"], "--device cuda: step does not take it; peers, sample and data do"),
     (["peers", "--device", "cuda"], "--device cuda: there is no GPU that torch can use; give cpu, or leave it out"),
 ])  # fmt: skip
 def test_a_gpu_that_is_of_no_use(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ FAST, PLAIN = "bf16, compiled", "fp32"  # how a step runs by default on a GPU, a
 def add_device(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
     """Adds --device for the modes that take it."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
-                        help=f"{', '.join(modes)}: cpu (default), or cuda, with sizes of the paper in bf16, compiled")
+                        help=f"{', '.join(modes)}: cpu (default), or cuda, where models are the paper's and run in "
+                             "bf16, compiled")
 
 
 def parsed(
@@ -43,7 +44,8 @@ def prepare_device(options: argparse.Namespace, modes: Sequence[str]) -> None:
     if options.device == "cpu":
         return
     if options.mode not in modes:
-        raise InputError(f"--device cuda: {options.mode} does not take it; {' and '.join(modes)} do")
+        raise InputError(f"--device cuda: {options.mode} does not take it; {', '.join(modes[:-1])} and "
+                         f"{modes[-1]} do")
     if not torch.cuda.is_available():
         raise InputError("--device cuda: there is no GPU that torch can use; give cpu, or leave it out")
     torch.set_float32_matmul_precision("high")

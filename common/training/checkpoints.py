@@ -116,7 +116,7 @@ class Checkpoints(Checkpoint):
         self._saved = trainer.global_step
         curves = next((callback for callback in trainer.callbacks if isinstance(callback, Curves)), None)
         if curves:
-            curves.settle(trainer, module)
+            curves.settle(trainer)
         # The curves look at the loss now and then; a checkpoint must never replace a sound one by one that diverged.
         parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
         if not trainer.strategy.reduce_boolean_decision(all(part.isfinite().all() for part in parts), all=True):

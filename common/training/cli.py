@@ -299,7 +299,7 @@ class StudyCLI(LightningCLI):
         skip = self.options.nonfinite == "skip"
         curves = Curves(refuse_nonfinite=not skip)
         folder = run.RunFolder(self.study, self.folder, self.resolved, curves, self.options.overwrite, self.lock.check)
-        callbacks = [Progress(curves), curves, folder, Watchdog(self.options.hang_timeout)]
+        callbacks = [curves, Progress(curves), folder, Watchdog(self.options.hang_timeout)]
         if self.subcommand == "fit":
             callbacks += [SkipNonFinite()] * skip + [self._requeue()]
         given = self._get(self.config_init, "trainer")

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common.device import peak_flops
+from common.parallel.reduction import mean_over_ranks, sum_over_ranks
 
 STARVING = 0.3  # share of the time without data from which a warning is due
 
@@ -23,7 +24,10 @@ class Point(NamedTuple):
 
     Args:
         step: optimiser steps done.
-        steps: those since the last point.
+        steps: those since the clock was last set.
+        made: when this was made.
+        waited: seconds without a batch, of those since the clock was last set.
+        lr: of the step.
         names: of the values.
         values: one each, on the CPU once they have arrived.
         arrived: a GPU's event to wait for; None where they are there.
@@ -31,6 +35,8 @@ class Point(NamedTuple):
 
     step: int
     steps: int
+    made: float
+    waited: float
     lr: float
     names: list[str]
     values: Tensor
@@ -43,11 +49,12 @@ class Curves(L.Callback):
 
     Scalars that a `training_step` returns beside its loss, as a dict, are curves too: {"loss": ..., "l1": ...} writes
     `train/l1`. The loss, like them, is that of the step's whole global batch: the mean over the micro-batches, or over
-    those that returned it. Nothing is read from a GPU but at these points, and there only when the next step has been
-    launched, so that it has work meanwhile. The x axis counts optimiser steps done, in validation too, unless `Events`
-    makes images of them. `train/mfu`, the share of the devices' peak that the model's own FLOPs reach, is left out
-    where the peak is not known. `train/data_wait` is the share of the time in which there was no batch to train on;
-    where it is large, that is said. `train/grad_norm` is the norm of all gradients before they are clipped.
+    those that returned it. Nothing is read from a GPU but these points, each when the next step has been launched, so
+    that it has work meanwhile; or before a validation, a checkpoint or the next epoch. One whose next step fails is not
+    written. The x axis counts optimiser steps done, in validation too, unless `Events` makes images of them.
+    `train/mfu`, the share of the devices' peak that the model's own FLOPs reach, is left out where the peak is not
+    known. `train/data_wait` is the share of the time in which there was no batch to train on; where it is large, that
+    is said. `train/grad_norm` is the norm of all gradients before they are clipped.
 
     Args:
         refuse_nonfinite: stop where a loss or a gradient is not finite, and name the step.
@@ -56,6 +63,7 @@ class Curves(L.Callback):
     def __init__(self, refuse_nonfinite: bool = True) -> None:
         self.refuse_nonfinite = refuse_nonfinite
         self.peak_flops: float | None = None  # of all devices together
+        self._flops = 0  # of an image
         self.values: dict[str, float] = {}
         self.clock = time.perf_counter  # replaced in tests
         self._returned: dict[str, list[torch.Tensor]] = {}  # by the step's micro-batches so far
@@ -82,6 +90,8 @@ class Curves(L.Callback):
         device = trainer.strategy.root_device
         if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
             self.peak_flops = peak * trainer.world_size
+        if self.peak_flops:
+            self._flops = module.cost(module.net).training_flops  # now, with gradients on; a validation has none
         trainer.datamodule.arrived = self._batch_arrived
         self._restart_clock()
 
@@ -99,44 +109,47 @@ class Curves(L.Callback):
         returned, self._returned = self._returned, {}
         self._steps += 1
         self._losses.append(sum(returned["loss"]))  # Lightning has divided it, and nothing beside it
-        self.settle(trainer, module)  # a GPU is at this step by now
+        self.settle(trainer)  # a GPU is at this step by now
         if trainer.global_step % trainer.log_every_n_steps == 0:
             means = {name: sum(values) / len(values) for name, values in returned.items()} | {"loss": self._losses[-1]}
             means["grad_norm"] = self._grad_norm  # which all ranks have alike
-            reduced = trainer.strategy.reduce(torch.stack([mean.float() for mean in means.values()]), reduce_op="mean")
-            self._point = Point(trainer.global_step, self._steps, self._lr, list(means), *fetched(reduced))
+            values, arrived = fetched(mean_over_ranks(torch.stack([mean.float() for mean in means.values()])))
+            self._point = Point(
+                trainer.global_step, self._steps, self.clock(), self._waited, self._lr, list(means), values, arrived
+            )
             self._steps = 0
-            if self._point.arrived is None:
-                self.settle(trainer, module)
+            if arrived is None:
+                self.settle(trainer)
 
-    def settle(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def settle(self, trainer: L.Trainer, *_: Any) -> None:
         """Writes the point that is not yet written, if there is one. To be called by all ranks at the same step."""
-        if not self._point:
+        if self._point is None:
             return
         point, self._point = self._point, None
-        if point.arrived:
+        ended = point.made
+        if point.arrived is not None and not point.arrived.query():  # it is the GPU that the training waits for
             point.arrived.synchronize()
+            ended = self.clock()
         scalars = dict(zip(point.names, point.values.tolist(), strict=True))
         if self.refuse_nonfinite and not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
             self._refuse(trainer, point.step, scalars)
         self._losses = self._losses[len(self._losses) - (trainer.global_step - point.step) :]
-        seconds = max(self.clock() - self._started, 1e-9)
-        images_per_second = point.steps * trainer.datamodule.global_batch / seconds
+        seconds = max(ended - self._started, 1e-9)
+        images_per_second, waited = point.steps * trainer.datamodule.global_batch / seconds, point.waited / seconds
         self.values = {
             **{f"train/{name}": value for name, value in scalars.items()},
             "train/lr": point.lr,
             "train/images_per_second": images_per_second,
-            "train/data_wait": self._waited / seconds,
+            "train/data_wait": waited,
         }
-        self._warn_of_starving(trainer, self._waited / seconds)
+        self._warn_of_starving(trainer, waited)
         if self.peak_flops:
-            flops = module.cost(module.net).training_flops * images_per_second
-            self.values["train/mfu"] = flops / self.peak_flops
+            self.values["train/mfu"] = self._flops * images_per_second / self.peak_flops
         trainer.logger.log_metrics(self.values, step=point.step)
-        self._started = self._idle_since = self.clock()
-        self._waited = 0.0
+        self._started, self._idle_since = ended, self.clock()
+        self._waited -= point.waited
 
-    # What restarts the clock, or keeps the values, comes after the point.
+    # Before validation sets the clock anew, and before an epoch's end tells the values.
     on_validation_start = on_train_epoch_end = settle
 
     def first_nonfinite(self, trainer: L.Trainer) -> int | None:
@@ -144,7 +157,7 @@ class Curves(L.Callback):
         if not self._losses:
             return None
         finite = torch.stack(self._losses).isfinite().float()
-        sound = (trainer.strategy.reduce(finite, reduce_op="sum") == trainer.world_size).tolist()
+        sound = (sum_over_ranks(finite) == trainer.world_size).tolist()
         return None if all(sound) else trainer.global_step - len(sound) + 1 + sound.index(False)
 
     def _refuse(self, trainer: L.Trainer, step: int, scalars: dict[str, float]) -> None:

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -35,12 +36,72 @@ class Time(L.Callback):
         self.now += 5
 
 
+class Gpu:
+    """Values that are on the CPU once somebody has asked whether they are, or has waited for them.
+
+    Attributes:
+        behind: the CPU is ahead of it, and has to wait.
+        wait: what happens then, by the point's number from 1.
+    """
+
+    def __init__(self) -> None:
+        self.made = self.read = 0
+        self.behind = False
+        self.wait: Callable[[int], None] = lambda point: None
+
+    def fetched(self, values: torch.Tensor) -> tuple[torch.Tensor, SimpleNamespace]:
+        self.made += 1
+        point, there = self.made, torch.full_like(values, 123.0)
+
+        def arrive() -> bool:
+            self.read += 1
+            there.copy_(values)
+            return True
+
+        def wait() -> None:
+            self.wait(point)
+            arrive()
+
+        return there, SimpleNamespace(query=lambda: not self.behind and arrive(), synchronize=wait)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
+    monkeypatch.setattr(curves_module, "fetched", gpu.fetched)
+    return gpu
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("batch_per_device, seconds", [(8, 0.5), (2, 2.0)])
-def test_images_per_second_counts_training_time_alone(train: Callable, scalars: Callable, batch_per_device, seconds):
+def test_images_per_second_counts_training_time_alone(
+    train: Callable, scalars: Callable, request, device, batch_per_device, seconds
+):  # fmt: skip
+    if device == "gpu":  # that waits for the CPU
+        request.getfixturevalue("gpu")
     curves = Curves()
     trainer = train(Time(curves), curves, epochs=3, batch_per_device=batch_per_device, log_every_n_steps=2)
     speeds = scalars(trainer.logger.log_dir)["train/images_per_second"]
     assert speeds == [(step, pytest.approx(8 / seconds)) for step in range(2, 15, 2)]
+
+
+@pytest.mark.parametrize("rhythm", [1, 2])
+def test_images_per_second_are_those_of_a_gpu_that_is_behind(train: Callable, scalars: Callable, gpu: Gpu, rhythm):
+    """It takes half a second a step, where the CPU launches one in no time."""
+    curves, done = Curves(), {"now": 100.0}
+    curves.clock = lambda: done["now"]
+
+    class Validated(L.Callback):
+        """What it reads at its end, it has waited for."""
+
+        def on_validation_end(self, trainer: L.Trainer, *_) -> None:
+            done["now"] = 100 + 0.5 * trainer.global_step
+
+    gpu.behind, gpu.wait = True, lambda point: done.update(now=100 + 0.5 * rhythm * point)
+    trainer = train(Validated(), curves, log_every_n_steps=rhythm)
+    written = scalars(trainer.logger.log_dir)
+    assert written["train/images_per_second"] == [(step, pytest.approx(16)) for step in range(rhythm, 11, rhythm)]
+    assert {share for _, share in written["train/data_wait"]} == {0.0}
 
 
 class Losses(L.Callback):
@@ -70,67 +131,72 @@ def test_the_loss_is_that_of_the_global_batch(train: Callable, scalars: Callable
     assert written["train/lr"] == [pytest.approx(point) for point in enumerate(losses.rates, start=1)]
 
 
-@pytest.fixture
-def late(monkeypatch) -> list[int]:
-    """Values that lie on the CPU only when they have been waited for, as those of a GPU; how often they were."""
-    waited = []
+class Read(L.Callback):
+    """How many points were read when a step ended, and the step of the last one where a checkpoint is saved."""
 
-    class Copy:
-        def __init__(self, values: torch.Tensor) -> None:
-            self.values, self.there = values.clone(), torch.full_like(values, 123.0)
-
-        def synchronize(self) -> None:
-            waited.append(len(waited))
-            self.there.copy_(self.values)
-
-    def fetched(values: torch.Tensor) -> tuple[torch.Tensor, Copy]:
-        copy = Copy(values)
-        return copy.there, copy
-
-    monkeypatch.setattr(curves_module, "fetched", fetched)
-    return waited
-
-
-class Written(L.Callback):
-    """How many points there are when a step ends, and the step of the last one where a checkpoint is saved."""
-
-    def __init__(self, late: list[int], scalars: Callable) -> None:
-        self.late, self.scalars = late, scalars
+    def __init__(self, gpu: Gpu, scalars: Callable) -> None:
+        self.gpu, self.scalars = gpu, scalars
         self.at_ends: list[int] = []
         self.at_checkpoints: dict[int, int] = {}
 
     def on_train_batch_end(self, *_) -> None:
-        self.at_ends.append(len(self.late))
+        self.at_ends.append(self.gpu.read)
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_) -> None:
         self.at_checkpoints[trainer.global_step] = self.scalars(trainer.logger.log_dir)["train/loss"][-1][0]
 
 
-def test_a_gpu_has_the_next_step_to_do_while_a_point_is_read(train: Callable, scalars: Callable, late: list[int]):
-    """Nothing is asked of it before; but no point is left for a checkpoint, a validation or the end of an epoch."""
-    losses, written = Losses(), Written(late, scalars)
-    trainer = train(losses, Curves(), written, Checkpoints(every_n_steps=3))
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_gpu_has_the_next_step_to_do_while_a_point_is_read(train: Callable, scalars: Callable, gpu: Gpu, behind):
+    """Nothing is asked of it before; but no checkpoint goes without its point."""
+    gpu.behind = behind
+    losses, read_points = Losses(), Read(gpu, scalars)
+    trainer = train(losses, Curves(), read_points, Checkpoints(every_n_steps=3))
     found = scalars(trainer.logger.log_dir)
     assert found["train/loss"] == [pytest.approx(point, abs=1e-6) for point in enumerate(losses.expected, start=1)]
     assert found["train/lr"] == [pytest.approx(point) for point in enumerate(losses.rates, start=1)]
-    assert min(norm for _, norm in found["train/grad_norm"]) > 0 and len(found["train/grad_norm"]) == 10
-    assert written.at_checkpoints == {step: step for step in (3, 5, 6, 9, 10)}
-    # 3 is read for its checkpoint, 5 at the epoch's end; the others while the next step is underway.
-    assert written.at_ends == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    plain = train(Curves(), folder="at once")
-    assert scalars(plain.logger.log_dir)["train/grad_norm"] == found["train/grad_norm"]
+    assert read_points.at_checkpoints == {step: step for step in (3, 5, 6, 9, 10)}
+    assert read_points.at_ends == list(range(10))
+    assert len(found["train/grad_norm"]) == 10 and min(norm for _, norm in found["train/grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("log_every_n_steps, step", [(1, 8), (4, 8), (50, 9)])
-def test_a_diverged_run_on_a_gpu_names_the_same_step(train: Callable, late: list[int], log_every_n_steps, step):
-    with pytest.raises(FloatingPointError, match=f"at step {step};"):
+@pytest.mark.parametrize("val_every", [1, 100])
+def test_the_last_point_of_a_run_is_written(train: Callable, scalars: Callable, gpu: Gpu, val_every: int):
+    """Whether or not a validation or a checkpoint comes after it, and before the epoch's end is told."""
+    curves, told = Curves(), []
+
+    class Told(L.Callback):
+        def on_train_epoch_end(self, *_) -> None:
+            told.append(curves.values["train/loss"])
+
+    trainer = train(curves, Told(), check_val_every_n_epoch=val_every)
+    points = scalars(trainer.logger.log_dir)["train/loss"]
+    assert [step for step, _ in points] == list(range(1, 11))
+    assert told == [pytest.approx(points[4][1]), pytest.approx(points[9][1])]
+
+
+@pytest.mark.parametrize("log_every_n_steps", [1, 4, 50])
+def test_a_diverged_run_on_a_gpu_names_the_same_step(train: Callable, gpu: Gpu, log_every_n_steps):
+    with pytest.raises(FloatingPointError, match="train/loss is nan, .* at step 8;|since step 8, "):
         train(Poison(7), Curves(), Checkpoints(every_n_steps=3), log_every_n_steps=log_every_n_steps)
 
 
-def test_a_late_point_does_not_forget_the_steps_after_it(train: Callable, late: list[int]):
-    """The step that goes wrong while one is read is named by the next."""
-    with pytest.raises(FloatingPointError, match="at step 5;"):
+def test_the_step_after_a_point_is_named_by_the_next_one(train: Callable, gpu: Gpu):
+    """It has gone wrong before the point was read."""
+    with pytest.raises(FloatingPointError, match="train/loss is nan, for the first time at step 5;"):
         train(Poison(4), Curves(), epochs=1, images=100, log_every_n_steps=4)
+
+
+def test_a_norm_is_refused_though_the_next_loss_is_no_number_either(train: Callable, gpu: Gpu):
+    class Exploded(L.Callback):
+        """An infinite gradient in step 4, whose loss is finite; the weights after it are not."""
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Classification, _) -> None:
+            if trainer.global_step == 3:
+                module.net.head.bias.grad[0] = torch.inf
+
+    with pytest.raises(FloatingPointError, match="train/grad_norm is inf at step 4;"):
+        train(Exploded(), Curves(), log_every_n_steps=4)
 
 
 def test_validation_has_the_same_axis(train: Callable, scalars: Callable):

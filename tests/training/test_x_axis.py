@@ -29,11 +29,11 @@ def by_images(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("images")
     # Its last checkpoint is of step 3; step 4 is logged, and logged again by the second start.
     stop = ["--checkpoint.every_n_steps", "3", "--x_axis", "images"]
-    code = ("import sys, os; from common.training.curves import Curves; write = Curves._write\n"
+    code = ("import sys, os; from common.training.curves import Curves; end = Curves.on_train_batch_end\n"
             "def stopping(self, trainer, *rest):\n"
-            "    write(self, trainer, *rest)\n"
+            "    end(self, trainer, *rest)\n"
             "    if trainer.global_step == 4: trainer.logger.experiment.flush(); os._exit(9)\n"
-            "Curves._write = stopping\n"
+            "Curves.on_train_batch_end = stopping\n"
             "from common.training.cli import main; sys.argv[0] = 'mae'; main('mae')")
     (runs / "stopping.py").write_text(code)
     killed = fit(runs, *stop, module="stopping")
