@@ -49,6 +49,10 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:  # Lightning's answer to Ctrl-C is exit(1)
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        code = 130
     except BrokenPipeError:  # the reader (head, less) has left; silence the interpreter's own last flush as well
         sys.stderr.close()
         code = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError
-from common.identity import differing
+from common.identity import differing, of_any_seed
 from common.runs import Group, Run, digits, group_runs
 from common.significance import Paired, paired
 
@@ -16,6 +16,9 @@ BUDGET = ("dataset", "epochs", "batch_size")  # two arms that differ here answer
 # And so do samples that were made or judged otherwise.
 JUDGED = ("samples", "solver", "steps", "guidance", "guidance_channels", "weights", "extractor_sha256",
           "reference_sha256", "reference_statistics")
+# And a loss is of what the model predicts, and of the space in which it does.
+LOSSES = ("loss", "mse", "l1", "perceptual")
+PREDICTED = ("model.class_path", "data.autoencoder")
 MARK = "†"
 _DESCRIBED = ("study", "dataset", "size", "patch_size", "position", "pool", "lr", "epochs", "batch_size", "parameters")
 _LOWER_IS_BETTER = ("loss", "rmse", "rae", "log10", "fid", "sfid", "fd", "rfid", "rfd", "mse", "l1", "perceptual")
@@ -71,11 +74,11 @@ class Comparison:
         for group in self.groups:
             if group["headline"] == tag and group["higher_is_better"] is not None:
                 return group["higher_is_better"]
-        name = tag.rsplit("/", 1)[-1].split("_")[0]  # rmse_pooled is an rmse
-        return True if name in _HIGHER_IS_BETTER else False if name in _LOWER_IS_BETTER else None
+        return True if _kind(tag) in _HIGHER_IS_BETTER else False if _kind(tag) in _LOWER_IS_BETTER else None
 
-    def mark(self, group: Group) -> str:
-        """How the data, the budget or the judging of a group differ from the baseline's; empty where they are the same.
+    def mark(self, group: Group, tag: str | None = None) -> str:
+        """How the data, the budget or the judging of a group differ from the baseline's, as far as a metric (by default
+        any that is shown) depends on it; empty where they are the same.
         """
         pairs = [(key, group.said(key), self.baseline.said(key)) for key in BUDGET]
         if all(our == their for _, our, their in pairs):  # and yet not the same images, or not as many
@@ -84,6 +87,9 @@ class Comparison:
         pairs += [("initial weights", _initial_weights(group), _initial_weights(self.baseline))]
         if _is_judged(group) and _is_judged(self.baseline):
             pairs += [(f"evaluation's {key}", _judged(group, key), _judged(self.baseline, key)) for key in JUDGED]
+        if any(_kind(shown) in LOSSES for shown in ([tag] if tag else self.metrics)):
+            pairs += [(key, *(of_any_seed(of.runs[0].config.get(key)) for of in (group, self.baseline)))
+                      for key in PREDICTED]
         return ", ".join(f"{key} {our} instead of {their}" for key, our, their in pairs if our != their)
 
     def difference(self, group: Group, tag: str) -> float | None:
@@ -103,7 +109,7 @@ class Comparison:
     def best(self, tag: str) -> list[Group]:
         """The groups of the best mean, among those with the baseline's data and budget; none where two never met."""
         means = {group.label: group.statistic(tag).mean for group in self.groups
-                 if group.statistic(tag) and not self.mark(group)}
+                 if group.statistic(tag) and not self.mark(group, tag)}
         direction = self.higher_is_better(tag)
         if len(means) < 2 or direction is None:
             return []
@@ -140,6 +146,7 @@ class Comparison:
             # Of the difference that is shown: not where one side has seeds that the other lacks.
             whole = test and test.p is not None and abs(test.mean - difference) < 1e-9
             significance = f" ({test.text()})" if whole else ""
+            mark = f" {MARK}" if self.mark(group, tag) else ""
             cells.append(Cell(f"{difference:+.{decimals}f}{significance}{mark}" if difference is not None else "-"))
         return cells
 
@@ -191,6 +198,11 @@ class Comparison:
                             "seeds": str(run.results.get("seed", "")),
                             **{key: run.results.get(key) for key in _DESCRIBED}})
         return records
+
+
+def _kind(tag: str) -> str:
+    """val/rmse_pooled is an rmse."""
+    return tag.rsplit("/", 1)[-1].split("_")[0]
 
 
 def _is_judged(group: Group) -> bool:

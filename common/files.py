@@ -15,24 +15,26 @@ def whole(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[Bina
 
     Args:
         ready: called when it is, before it takes its name; raises where that must not be.
+
+    Raises:
+        OSError: it could not be written; names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be writing the same
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         ready()
-    except BaseException:
+        temporary.replace(path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # a full disk needs the room
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"could not be written ({error.strerror or error})", str(path)) from error
         raise
-    temporary.replace(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    try:
-        with whole(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror})") from error
+    with whole(path) as file:
+        file.write(text.encode())

@@ -66,9 +66,14 @@ def arm_hash(config: dict[str, Any]) -> str:
     """
     keys = covered(config) | (afterwards(config) if config.get("copy_of") else {})
     keys.pop("seed_everything", None)
-    for key in keys.keys() & set(RUNS):  # -s3 ends a part of the path, or stands before the hash of further overrides
-        keys[key] = re.sub(r"-s\d+(?=(-[0-9a-f]{6})?(/|$))", "-s*", str(keys[key]))
+    for key in keys.keys() & set(RUNS):
+        keys[key] = of_any_seed(keys[key])
     return _digest(keys)
+
+
+def of_any_seed(run: Any) -> str:
+    """A run folder without its seed: -s3 ends a part of the path, or stands before the hash of further overrides."""
+    return re.sub(r"-s\d+(?=(-[0-9a-f]{6})?(/|$))", "-s*", str(run))
 
 
 def _digest(keys: dict[str, Any]) -> str:

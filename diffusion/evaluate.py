@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.advice import quieten
 from common.command import Parser, run_command
 from common.errors import InputError
 from common.files import write_atomically
@@ -50,7 +51,7 @@ def print_table(values: dict[str, float], record: dict[str, Any]) -> None:
     table = Table("metric", "value", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for tag, value in values.items():
         if not tag.endswith("_std"):
-            spread = f" ± {values[tag + '_std']:.2f}" if values.get(tag + "_std") else ""  # 0: of a single split
+            spread = f" ± {values[tag + '_std']:.2f}" if tag + "_std" in values else ""
             table.add_row(Text(tag), f"{value:.4f}{spread}")
     console = Console() if sys.stdout.isatty() else Console(width=400)
     console.print(table)
@@ -86,6 +87,7 @@ def main(arguments: list[str]) -> int:
     if options.weights and options.extractor != "inception":
         raise InputError(f"--weights: {options.weights} goes with --extractor inception; the run folder "
                          f"{options.extractor} holds its own")
+    quieten()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor = load_extractor(options.extractor, options.weights or Path("data") / INCEPTION_FILE).to(device)
     samples = open_images(options.samples, extractor.channels)

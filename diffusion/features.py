@@ -167,8 +167,9 @@ def load_classifier(folder: Path) -> Classifier:
         InputError: not a run folder, a run without a checkpoint, or of another task than classification.
     """
     if not folder.exists():
-        raise InputError(f"extractor: there is no run folder {folder}; train the classifier first, as in python -m "
-                         "supervised fit --config supervised/configs/digits.yaml --model.patch_size 2")
+        raise InputError(f"extractor: there is no run folder {folder}; train a classifier of these images first (of "
+                         "digits: python -m supervised fit --config supervised/configs/digits.yaml --model.patch_size "
+                         "2), or name one that is there")
     if not (folder / "config.yaml").is_file():
         raise InputError(f"extractor: {folder} is neither inception nor the run folder of a classifier")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
@@ -164,6 +165,13 @@ class Generation(Experiment):
         names = self.trainer.datamodule.class_names
         return [] if labels is None else [names[label] for label in labels.tolist()]
 
+    def setup(self, stage: str) -> None:
+        limits = {"predict": self.trainer.limit_predict_batches, "test": self.trainer.limit_test_batches}
+        for name, limit in limits.items():
+            if stage == name and limit != 1.0:
+                raise InputError(f"trainer.limit_{name}_batches: {limit} would leave samples out; give their number as "
+                                 "model.predict.samples")
+
     # Prediction: a PNG for each sample, and a picture of the first
 
     def on_predict_start(self) -> None:
@@ -239,6 +247,10 @@ class Generation(Experiment):
         reference = self.evaluation.reference
         self.reference = Prepared(data) if reference is None else Path(reference)
         labels = self.predict.labels(self.net.classes)
+        if labels is not None and "agreement" in extractor.tags and extractor.classes != self.net.classes:
+            rank_zero_warn(f"agreement is left out: {extractor.name} tells {extractor.classes} classes, the samples "
+                           f"are of {self.net.classes}")
+            labels = None
         self.metrics_tested = [key for key in extractor.tags if key != "agreement" or labels is not None]
         if "agreement" not in self.metrics_tested:
             labels = None  # of no concern to Inception

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from common.data import ImageData
@@ -95,7 +95,8 @@ class Folder(ImageSet):
         for file in self.files:  # before the first of them is worked on; 50,000 headers are read in seconds
             if _size(file) != self.size:
                 raise InputError(f"{file}: {pixels(_size(file))} pixels, where {self.files[0]} has {pixels(self.size)};"
-                                 " bring all images to one size first: how it is done changes the metrics")
+                                 " bring all images to one size first, since how it is done changes the metrics; "
+                                 "`python -m diffusion test` compares with the training images as they were cropped")
 
     def batches(self, images: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[slice, Tensor]]:
         for place in self.places(images, rank, ranks):
@@ -304,8 +305,8 @@ def _size(file: Path) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             return image.height, image.width
-    except UnidentifiedImageError as error:
-        raise InputError(f"{file}: not a readable image") from error
+    except OSError as error:
+        raise InputError(f"{file}: not a readable image ({error.strerror or error})") from error
 
 
 def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="of the training that will read them")
     options, overrides = parser.parse_known_args(arguments)
     data, flips = images_of(["--config", options.config, *overrides])
-    from common.training.lock import alone  # Lightning, which is there by now
+    from common.lock import alone  # Lightning, which is there by now
 
     with alone(options.folder):
         for split in SPLITS:

@@ -253,7 +253,9 @@ def scores(samples: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
     """The metrics that two measurements allow, by their keys in `Extractor.tags`."""
     values = {key: frechet_distance(samples[key], reference[key]) for key in ("fd", "sfd") if key in samples}
     if "classifier_score" in samples:
-        values["classifier_score"], values["classifier_score_std"] = samples["classifier_score"]
+        values["classifier_score"], spread = samples["classifier_score"]
+        if spread:  # 0 of a single split
+            values["classifier_score_std"] = spread
     if "rows" in samples:
         values["precision"], values["recall"] = precision_recall(samples["rows"], reference["rows"])
     if "agreement" in samples:

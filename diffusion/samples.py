@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from diffusion.image_sets import RECORD, read_record, to_uint8, write_npz
 from diffusion.sampling import SolverName, labels_of
 
 PACKED = 256  # samples in memory at once
+LONGEST = 100  # letters that the classes take in a folder's name; a file system has 255 for all of it
 # Entries of a record that may differ: more samples, a folder that moved, what older records did not tell.
 OPEN = ("samples", "labels", "autoencoder", "autoencoder_precision")
 
@@ -62,6 +64,8 @@ class Sampling:
         """A folder's, for samples that differ in nothing but their number."""
         guided = f"-g{self.guidance:g}" + (f"-c{self.guidance_channels}" if self.guidance_channels != 3 else "")
         classes = "-classes" + "_".join(map(str, self.classes)) if self.classes else ""
+        if len(classes) > LONGEST:
+            classes = f"-{len(self.classes)}classes{hashlib.sha256(classes.encode()).hexdigest()[:8]}"
         return f"{self.solver}{self.steps}{guided}{classes}-s{self.seed}"
 
     def labels(self, classes: int) -> Tensor | None:

@@ -453,6 +453,27 @@ def test_samples_that_were_judged_otherwise_are_marked(make_run, tmp_path):
     assert {group.label for group in comparison.best("test/agreement_judge")} == {"p1", "p2"}
 
 
+def test_losses_in_other_latents_or_of_other_models_are_marked(make_run, tmp_path):
+    """And nothing else of them: distances are of images. Seeds of one autoencoder are no difference."""
+    for name, patch, config in [("p2", 2, ("A", "a-s0")), ("p1", 1, ("A", "a-s1")), ("other", 4, ("A", "b-s0")),
+                                ("autoencoder", 8, ("B", "a-s0"))]:  # fmt: skip
+        run = make_run(name, 0, patch=patch, metrics={"val/loss": 1 / patch, "test/fid": 1 / patch})
+        saved = yaml.safe_load((run / "config.yaml").read_text())
+        saved["model"]["class_path"] = config[0]
+        saved["data"]["init_args"]["autoencoder"] = f"runs/diffusion/{config[1]}"
+        (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    comparison = Comparison(find_runs([tmp_path / "runs" / "supervised"]), ["val/loss", "test/fid"], baseline="p2")
+    marks = {group.label: comparison.mark(group, "val/loss") for group in comparison.groups}
+    assert marks == {"p2": "", "p1": "", "other": "data.autoencoder runs/diffusion/b-s* instead of runs/diffusion/a-s*",
+                     "autoencoder": "model.class_path B instead of A"}
+    assert not any(comparison.mark(group, "test/fid") for group in comparison.groups)
+    assert [group.label for group in comparison.best("val/loss")] == ["p2"]
+    assert [group.label for group in comparison.best("test/fid")] == ["autoencoder"]
+    [row] = [row for row in comparison.rows() if row[0].text.startswith("other")]
+    assert "†" in row[0].text and "†" in row[6].text and "†" not in row[8].text
+    assert any(note.startswith("† other: data.autoencoder") for note in comparison.notes())
+
+
 def test_they_are_marked_over_several_seeds_too(make_run, tmp_path):
     """Whose records differ in their weights at least; and seeds of one arm that were judged otherwise are told."""
     for name, patch, seed, guidance in [("a0", 1, 0, 1.0), ("a1", 1, 1, 1.0), ("b0", 2, 0, 4.0), ("b1", 2, 1, 4.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from common.benchmark.interleaving import Spread, seconds_of
 from common.benchmark.memory import kept_bytes
 from common.data.loader import GlobalBatchData
 from common.device import peak_flops
+from common.errors import InputError
 from common.training.cli import StudyCLI
 from common.training.module import Experiment
 from common.training.trainer import Trainer
@@ -46,6 +48,8 @@ def experiment(config: str, overrides: Sequence[str], batch: int, compiled: bool
         compiled: compile the blocks; as `fit` would where it is None.
     """
     study = Path(config).resolve().parent.parent.name
+    if not Path(config).is_file() or importlib.util.find_spec(study) is None:
+        raise InputError(f"--config {config}: no file, or in no study; give one as STUDY/configs/NAME.yaml")
     cli = StudyCLI(study, ["fit", "--config", config, *overrides], run=False)
     module, data = cli.parts(cli.options.trainer.accelerator)
     data.without_files()

@@ -27,6 +27,10 @@ def decode(file: str, channels: int) -> Tensor:
         image = decode_image(file, mode=ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rsplit(".cpp:", 1)[-1].partition(", ")[2]
+        try:
+            open(file, "rb").close()
+        except OSError as closed:  # which torchvision does not always tell
+            reason = closed.strerror
         raise InputError(f"{file}: not a readable image ({reason})") from error
     if channels == 1 and len(image) == 3:  # WebP, whose decoder knows no grey
         image = rgb_to_grayscale(image)

@@ -16,8 +16,9 @@ import time
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -28,9 +29,20 @@ from common.data.augment import Augment
 from common.data.folders import Flowers102, ImageFolder, ImageNet, decode
 from common.data.sets import AT_ONCE
 from common.data.sources import Source
-from common.data.stored import SHARD, Store, checksum_of, fingerprint, location, mapped, shapes_of, shard_file
+from common.data.stored import (
+    SHARD,
+    Store,
+    checksum_of,
+    fingerprint,
+    location,
+    mapped,
+    read_json,
+    shapes_of,
+    shard_file,
+)
 from common.errors import InputError
 from common.files import whole, write_atomically
+from common.lock import alone
 
 CROP = 28  # pixels of the crops that are compared, ImageNet's of the paper
 COMPARED = 256
@@ -48,13 +60,13 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
     files, labels = source.read(root, "train")
     folder, started = location(source, root, size), {"files": fingerprint(files, labels), "size": size, "shard": SHARD}
     begun = folder / "started.json"
-    if begun.is_file() and json.loads(begun.read_text()) != started:
+    if begun.is_file() and read_json(begun) != started:
         raise InputError(f"{folder}: is a store of other images; remove it, or name another root")
     write_atomically(begun, json.dumps(started))
 
     parts = {number: files[number * SHARD :][:SHARD] for number in range(-(-len(files) // SHARD))}
     index = folder / "index.json"
-    known = json.loads(index.read_text())["checksums"] if index.is_file() else [None] * len(parts)
+    known = read_json(index, "checksums")["checksums"] if index.is_file() else [None] * len(parts)
     checksums: dict[int, int] = {}
     with processes(workers) as pool:
         jobs = {pool.submit(write_shard, folder, number, part, source.channels, size, known[number]): number
@@ -73,7 +85,17 @@ def processes(workers: int) -> Executor:
     """That write shards, on one thread each; a thread of this process where one is enough."""
     if workers == 1:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)  # it was killed; nobody would ever ask for anything again
+
+    Thread(target=end_with_parent, daemon=True).start()
 
 
 def _finished(pool: Executor, jobs: Iterable[Future]) -> Iterable[Future]:
@@ -161,7 +183,8 @@ def main(arguments: list[str]) -> int:
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: give 1 or more")
     source = _source(options.source)
-    folder = make(source, options.root, options.size, options.workers)
+    with alone(location(source, options.root, options.size)):
+        folder = make(source, options.root, options.size, options.workers)
     files, labels = source.read(options.root, "train")
     store = Store(folder, files, labels)
     off = differences(store, files, source.channels)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +35,18 @@ class Store:
         again = "python -m common.data.store writes it, or goes on with it"
         if not index.is_file():
             raise InputError(f"data.store: {folder} is no finished store; {again}")
-        self.index = json.loads(index.read_text())
+        self.index = read_json(index, "files", "size", "shard", "images", "checksums")
         if self.index["files"] != fingerprint(files, labels):
             raise InputError(f"data.store: {folder} was made of other images than those that lie there now; remove it, "
                              "and make it anew")
         self.labels, self.shapes = labels, np.concatenate([np.array(mapped(shapes_of(path))) for path in self._paths()])
         self.shards = [mapped(path) for path in self._paths()]
+        size, shard = self.index["size"], self.index["shard"]
+        for number, (path, images) in enumerate(zip(self._paths(), self.shards, strict=True)):
+            rows = min(shard, len(self) - number * shard)
+            if images.dtype != np.uint8 or images.ndim != 4 or (len(images), *images.shape[2:]) != (rows, size, size):
+                raise InputError(f"{path}: damaged, {images.dtype} of {images.shape}; remove it, and "
+                                 "python -m common.data.store writes it anew")
 
     def _paths(self) -> list[Path]:
         return [shard_file(self.folder, number) for number in range(-(-self.index["images"] // self.index["shard"]))]
@@ -63,6 +70,23 @@ class Store:
         indices, shard = list(indices), self.index["shard"]
         images = np.stack([self.shards[i // shard][i % shard] for i in indices])
         return torch.from_numpy(images), torch.from_numpy(self.shapes[indices])
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What the file holds under these keys, and others.
+
+    Raises:
+        InputError: it is not as it was written.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); remove it, and python -m common.data.store writes it anew"
+                         ) from error
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise InputError(f"{path}: damaged, without {', '.join(keys)}; remove it, and python -m common.data.store "
+                         "writes it anew")
+    return content
 
 
 def location(source: Source, root: Path, size: int) -> Path:

@@ -123,7 +123,7 @@ class Section:
         ones = [groups.get(arm) for arm in name.split(" - ")]
         if not all(ones):
             return None
-        mark = "" if len({self.comparison.mark(group) for group in ones}) == 1 else f" {MARK}"
+        mark = "" if len({self.comparison.mark(group, self.scale.metric) for group in ones}) == 1 else f" {MARK}"
         return difference_text(*ones, self.scale.metric) + mark
 
     def _differences(self) -> Iterator[str]:

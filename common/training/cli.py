@@ -31,6 +31,7 @@ from common.data.loader import GlobalBatchData, end_loaders
 from common.device import accelerator
 from common.errors import InputError
 from common.identity import flatten
+from common.lock import RunLock
 from common.parallel import strategies
 from common.training import run
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_readable, read
@@ -38,7 +39,6 @@ from common.training.copies import copy
 from common.training.curves import Curves
 from common.training.events import Events
 from common.training.initialisation import REQUIRED, check_source
-from common.training.lock import RunLock
 from common.training.messages import class_help, explain, given_configs, with_extended
 from common.training.module import Experiment
 from common.training.nonfinite import SkipNonFinite
@@ -246,11 +246,15 @@ class StudyCLI(LightningCLI):
         if not self.options.continue_from:
             return None
         source = Path(self.options.continue_from)
+        if source.resolve() == self.folder.resolve():
+            raise InputError(f"--continue_from: {source} is the run itself; choose another --run_name")
         checkpoint = newest_readable(source / "checkpoints")
         if checkpoint is None:
             raise InputError(f"--continue_from: {source} is not a run folder with a checkpoint")
         config = run.read_config(source / "config.yaml")
-        there, here = flatten(config)["trainer.max_epochs"], self.options.trainer.max_epochs
+        there, here = flatten(config).get("trainer.max_epochs"), self.options.trainer.max_epochs
+        if not isinstance(there, int):
+            raise InputError(f"{source / 'config.yaml'}: trainer.max_epochs is {there}, no number of epochs")
         if here <= there:
             raise InputError(f"trainer.max_epochs: {here} is no more than the {there} of {source} to continue from")
         differing = run.differences(config, self.resolved)

@@ -64,7 +64,9 @@ def refuse_another_config(folder: Path, config: dict[str, Any]) -> None:
     found = differences(read_config(saved), config)
     if found:
         keys = "; ".join(f"{key}: {old} there, {new} here" for key, (old, new) in found.items())
-        raise InputError(f"{folder} holds a run of another config ({keys}); choose another --run_name, "
+        source = read_config(saved).get("copy_of")
+        again = f"repeat --copy_of {source}, " if source and "copy_of" in found else ""
+        raise InputError(f"{folder} holds a run of another config ({keys}); {again}choose another --run_name, "
                          "or discard that run with --overwrite")
 
 
@@ -127,9 +129,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        results = json.loads(path.read_text())
+        if not isinstance(results, dict):
+            raise ValueError("no mapping of names to values")
+    except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); remove it, it is written again when the run goes on") from error
+    return results
 
 
 def discard(folder: Path) -> None:
@@ -239,6 +244,10 @@ class RunFolder(L.Callback):
         if isinstance(exception, Exception) and trainer.global_rank and trainer.fit_loop.epoch_progress.total.started:
             # Before this every rank makes the same mistake, and the first tells it; from here on a rank may be alone.
             print(f"rank {trainer.global_rank}: {one_line(exception)}", file=sys.stderr, flush=True)
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.state.fn == "fit":
+            saved = "goes on from the last checkpoint" if trainer.ckpt_path or any(self.folder.glob("checkpoints/*")) \
+                else "begins anew, for no checkpoint was saved"
+            print(f"\ninterrupted at step {trainer.global_step}; the same command {saved}", file=sys.stderr, flush=True)
         if trainer.state.fn == "fit" and not self._config_written:
             self._leave_nothing(trainer)
         elif self.results and isinstance(exception, Exception):

@@ -75,6 +75,9 @@ def refuse_options(given: Namespace) -> None:
                          "GPU without bf16")
     if (every := given.log_every_n_steps) is not None and every < 1:
         raise InputError(f"trainer.log_every_n_steps: {every} is not a positive number of steps")
+    if (every := given.check_val_every_n_epoch) is not None and every < 1:
+        raise InputError(f"trainer.check_val_every_n_epoch: {every} is not a positive number of epochs; for none give "
+                         "trainer.limit_val_batches 0")
     if given.max_steps not in (-1, None):
         raise InputError(f"trainer.max_steps: {given.max_steps} is not used, since Lightning does not resume it "
                          "exactly; give the length of the run as trainer.max_epochs")

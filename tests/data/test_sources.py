@@ -215,5 +215,19 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"^\S*{name}: not a readable image \(.+\)$") as caught:
             decode(str(tmp_path / name), 3)
         assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
-    with pytest.raises(InputError, match="absent.jpg: not a readable image .*No such file"):
+    with pytest.raises(InputError, match=r"absent.jpg: not a readable image \(No such file or directory\)"):
         decode(str(tmp_path / "absent.jpg"), 3)
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision says then, has a place of its source in it."""
+    def refuse(*_, **__) -> None:
+        raise RuntimeError('read_file, /x/read_write_file.cpp:36, ("", stack.data()) API call failed')
+
+    def closed(file: str, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", file)
+
+    monkeypatch.setattr("torchvision.io.decode_image", refuse)
+    monkeypatch.setattr("builtins.open", closed)
+    with pytest.raises(InputError, match=r"^a.jpg: not a readable image \(Permission denied\)$"):
+        decode("a.jpg", 3)

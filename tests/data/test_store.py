@@ -2,8 +2,13 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import archives
@@ -250,6 +255,65 @@ def test_an_unreadable_image_is_named_and_the_store_is_not_finished(root):
         make(ImageNet(), root, SIZE, workers=1)
     with pytest.raises(InputError, match="is no finished store"):
         store_of(root)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", ""])
+def test_a_damaged_index_is_named(root, content):
+    index = make(ImageNet(), root, SIZE, workers=1) / "index.json"
+    index.write_text(content)
+    for use in (lambda: store_of(root), lambda: make(ImageNet(), root, SIZE, workers=1)):
+        with pytest.raises(InputError, match=rf"{index}: damaged.* remove it, and"):
+            use()
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 2 * SIZE, 2 * SIZE), (5, 3, SIZE, SIZE)])
+def test_a_shard_of_other_images_is_refused(root, shape):
+    shard = make(ImageNet(), root, SIZE, workers=1) / "00000.npy"
+    np.save(shard, np.zeros(shape, np.uint8))
+    with pytest.raises(InputError, match=f"{shard}: damaged, uint8 of "):
+        store_of(root)
+
+
+def test_a_second_command_waits_for_the_first(root):
+    """And removes what one that was killed has left half-written."""
+    leftover = location(ImageNet(), root, SIZE) / "00000.npy.1.tmp"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    words = [sys.executable, "-m", "common.data.store", "imagenet", "--size", str(SIZE), "--root", str(root),
+             "--workers", "1"]  # fmt: skip
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and "all checksums hold" in out, err
+    assert not leftover.exists() and len(store_of(root)[0]) == 6
+
+
+def test_its_processes_end_with_one_that_is_killed(tmp_path):
+    code = ("import os, time; from common.data.store import processes\n"
+            "if __name__ == '__main__':\n"
+            "    pool = processes(2)\n"
+            "    print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)\n"
+            "    time.sleep(100)")
+    (tmp_path / "pool.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True,
+                              env=environment)  # fmt: skip
+    workers = list(map(int, killed.stdout.readline().split()))
+    assert workers and all(map(alive, workers))
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    until = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def alive(process: int) -> bool:
+    """Neither gone nor waiting to be fetched."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("options, message", [

@@ -26,11 +26,11 @@ from common.training import progress
 from common.training.checkpoints import read
 from common.training.optim import Recipe
 from diffusion import DiT, Generation, samples
-from diffusion.evaluation import evaluate
+from diffusion.evaluation import evaluate, load_extractor
 from diffusion.features import load_classifier
 from diffusion.image_sets import Folder
 from diffusion.initialisation import initialise_dit
-from diffusion.samples import SampleFolder
+from diffusion.samples import SampleFolder, Sampling
 from diffusion.sampling import Sampler
 
 DIGITS = Path(__file__).parents[2] / "diffusion" / "configs" / "digits.yaml"
@@ -169,11 +169,38 @@ def test_samples_of_other_weights_are_not_taken_for_these(generation: Callable) 
     (["--model.predict.steps", "1"], "model.predict.steps: 1 are not between 2 and the 1000"),
     (["--model.predict.solver", "ddim", "--model.predict.steps", "5000"], "model.predict.steps: 5000 are not between"),
     (["--model.predict.solver", "euler"], "model.predict.solver"),
+    (["--trainer.limit_predict_batches", "0"], "trainer.limit_predict_batches: 0 would leave samples out; give their"),
 ])
 def test_mistakes_in_what_is_sampled_are_named(generation: Callable, options: list[str], message: str) -> None:
     assert generation("fit", "--trainer.max_epochs", "1").code == 0
     outcome = generation("predict", "--trainer.max_epochs", "1", "--model.predict.solver", "ddpm", *options)
     assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def test_many_classes_have_a_name_that_a_file_system_takes() -> None:
+    """Another one for other classes; few are spelt out."""
+    few, many, others = (Sampling(classes=classes).name for classes in ([3, 5], [*range(200)], [*range(1, 201)]))
+    assert "-classes3_5-" in few and len(many) < 100 and many != others
+
+
+def test_a_classifier_of_other_classes_tells_no_agreement(
+    generation: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    assert command("fit", "--run_name", "judge").code == 0
+    assert generation("fit").code == 0
+
+    def of_eight(*asked):
+        extractor = load_extractor(*asked)
+        extractor.head, extractor.classes = torch.nn.Linear(extractor.features, 8), 8
+        return extractor
+
+    monkeypatch.setattr("diffusion.generation.load_extractor", of_eight)
+    outcome = generation("test", "--model.predict.steps", "3", "--model.predict.samples", "40",
+                         "--model.evaluation.extractor", "runs/supervised/judge")
+    assert outcome.code == 0, outcome.err
+    assert "agreement is left out: judge tells 8 classes, the samples are of 10" in outcome.err
+    tags = results(tmp_path)["metrics"].keys()
+    assert "test/fd_judge" in tags and "test/agreement_judge" not in tags
 
 
 def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_path: Path) -> None:
@@ -188,7 +215,6 @@ def test_a_test_samples_and_judges(generation: Callable, command: Callable, tmp_
     folder = SAMPLES.with_name("step18-ddim3-g1.5-s0")
     judged = results(tmp_path)
     names = {f"{name}_judge" for name in ("fd", "classifier_score", "precision", "recall", "agreement")}
-    names.add("classifier_score_judge_std")
     assert {tag for tag in judged["metrics"] if tag.startswith("test/")} == {f"test/{name}" for name in names}
     record = judged["evaluation"]
     assert record["samples"] == 40 and record["reference"] == "training images of digits"

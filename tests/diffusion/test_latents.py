@@ -20,8 +20,8 @@ from common.data import Augment, Digits, ImageFolder, Shapes
 from common.data.loader import Draw
 from common.data.sources import Source
 from common.errors import InputError
+from common.lock import alone
 from common.randomness import normal
-from common.training.lock import alone
 from diffusion import DiT, LatentData, latent_data
 from diffusion import latents as latents_room
 from diffusion.autoencoder import Autoencoder

@@ -14,9 +14,9 @@ import torch
 from processes import assert_identical, leftovers
 
 from common.errors import InputError
+from common.lock import LostRunFolder
 from common.training import checkpoints
 from common.training.checkpoints import AtomicCheckpointIO, Checkpoints, damage, newest_readable, read
-from common.training.lock import LostRunFolder
 
 COMPLETE = {"loops": {}, "optimizer_states": [], "accumulation": 1}
 

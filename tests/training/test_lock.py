@@ -13,10 +13,10 @@ import pytest
 from forked import free_port
 from processes import assert_identical, children, freeze, leftovers, until, written
 
+from common import lock
 from common.errors import InputError
-from common.training import lock
+from common.lock import LostRunFolder, RunLock
 from common.training.checkpoints import read
-from common.training.lock import LostRunFolder, RunLock
 from common.training.run import restarted
 
 RUN = ["--run_name", "run", "--trainer.max_epochs", "25", "--model.optim.ema", "0.9", "--data.batch_per_device", "32"]

@@ -52,6 +52,7 @@ def refused(outcome) -> str:
     (["--trainer.fast_dev_run", "true"], ["trainer.fast_dev_run: True is not used", "limit_train_batches"]),
     (["--trainer.accumulate_grad_batches", "3"], ["accumulate_grad_batches: 3 is not used", "data.batch_per_device"]),
     (["--trainer.log_every_n_steps", "0"], ["trainer.log_every_n_steps: 0 is not a positive"]),
+    (["--trainer.check_val_every_n_epoch", "0"], ["trainer.check_val_every_n_epoch: 0 is not a positive"]),
     (["--seed_everything", "true"], ["seed_everything: True is not between"]),
     (["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps: 0"]),
     (["--seed_everything", "x"], ["seed_everything: x is not ", "int"]),
@@ -219,6 +220,9 @@ def test_two_epochs_and_three_are_five(command: Callable, scalars: Callable, tmp
     assert "trainer.max_epochs: 2 is no more than the 2 of" in line
     line = refused(command("fit", "--run_name", "x", *further, *source, "--model.patch_size", "2"))
     assert "was trained otherwise: model.patch_size: 4 there, 2 here" in line
+    line = refused(command("fit", "--run_name", "two", *further, *source, "--overwrite"))  # nothing is lost of it
+    assert "two is the run itself; choose another --run_name" in line
+    assert (tmp_path / "runs/supervised/two/checkpoints/last.ckpt").is_file()
     assert command("fit", "--run_name", "cosine").code == 0
     line = refused(command("fit", "--run_name", "x", "--trainer.max_epochs", "5", "--continue_from",
                            tmp_path / "runs/supervised/cosine"))  # fmt: skip

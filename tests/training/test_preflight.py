@@ -15,8 +15,8 @@ from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from small import SMALL
 
 from common.errors import InputError
+from common.lock import LostRunFolder
 from common.training.cli import StudyCLI
-from common.training.lock import LostRunFolder
 from common.training.preflight import check_devices, check_tasks
 
 # What srun gives to each process of `sbatch --nodes 2 --ntasks-per-node 4`, in so far as it matters here.

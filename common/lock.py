@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from common.errors import InputError
 
 NAME = "lock"
@@ -103,7 +101,8 @@ class RunLock:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block of the folder, which is made where it is missing.
+    """Waits until no other process is in such a block of the folder, which is made where it is missing, and removes
+    what one that was killed has left half-written.
 
     Raises:
         OSError: the lock cannot be asked for; to wait for it would never end.
@@ -116,6 +115,8 @@ def alone(folder: Path) -> Iterator[None]:
             while not _locked(file):
                 time.sleep(WAIT)
         _write(file)
+        for leftover in folder.rglob("*.tmp"):
+            leftover.unlink(missing_ok=True)
         yield
     finally:
         os.close(file)  # and with it the lock
@@ -130,6 +131,8 @@ def _locked(file: int) -> bool:
             return False
         if error.errno not in _UNSUPPORTED:
             raise
+        from lightning.pytorch.utilities import rank_zero_warn  # costs seconds
+
         rank_zero_warn("this file system has no locks; see that no other process writes to the same folder")
     return True
 
