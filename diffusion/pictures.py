@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+WRAPPED = 20  # letters of a row's name in a line, which is as long as the row is high
 
 
 def grid(
@@ -33,6 +37,6 @@ def grid(
         if number < len(names):
             axis.set_title(names[number], fontsize=8)
     for row, name in enumerate(rows_named):
-        axes[row * columns].text(-0.05, 0.5, name, fontsize=8, rotation=90, ha="right", va="center",
+        axes[row * columns].text(-0.05, 0.5, fill(name, WRAPPED), fontsize=8, rotation=90, ha="right", va="center",
                                  transform=axes[row * columns].transAxes)  # fmt: skip
     return figure
