@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,26 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 LOGGED = ["--trainer.log_every_n_steps", "1", "--checkpoint.every_n_steps", "4"]
+
+
+@pytest.mark.parametrize("step, said", [
+    (2, "interrupted at step 2; the same command begins anew, for no checkpoint was saved"),
+    (6, "interrupted at step 6; the same command goes on from the last checkpoint"),
+])
+def test_an_interrupted_run_says_where_it_goes_on(command, at, tmp_path, step, said):
+    """As Ctrl-C does it, upon which Lightning leaves with 1 and ignores the next."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupted(module, *_):
+        if module.trainer.global_step == step:
+            raise KeyboardInterrupt
+
+    at("on_train_batch_start", interrupted)
+    try:
+        outcome = command("fit", "--run_name", "a", *LOGGED)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert outcome.code == 130 and said in outcome.err.splitlines(), outcome.err
 
 
 def test_a_failed_run_says_so_and_goes_on(command, scalars, tmp_path, monkeypatch):
