@@ -132,9 +132,9 @@ class Comparison:
         return rows
 
     def _row(self, group: Group, best: dict[str, list[Group]]) -> list[Cell]:
-        mark = f" {MARK}" if self.mark(group) else ""
+        named = f" {MARK}" if self.mark(group) else ""
         seconds = [run.results.get("train_seconds") for run in group.runs]
-        cells = [Cell(group.label + (" (baseline)" if group is self.baseline else mark)),
+        cells = [Cell(group.label + (" (baseline)" if group is self.baseline else named)),
                  Cell(group.said("dataset")), Cell(f"{group.said('epochs')} x {group.said('batch_size')}"),
                  Cell(f"{group['parameters']:,}" if group["parameters"] else "-"),
                  Cell(_duration(sum(seconds) / len(seconds)) if all(seconds) else "-")]

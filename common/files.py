@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from common.errors import InputError
 
 
 @contextmanager
@@ -38,3 +41,21 @@ def whole(path: Path, ready: Callable[[], None] = lambda: None) -> Iterator[Bina
 def write_atomically(path: Path, text: str) -> None:
     with whole(path) as file:
         file.write(text.encode())
+
+
+def read_json(path: Path, again: str, *keys: str) -> dict[str, Any]:
+    """What a JSON file holds under these keys, and others.
+
+    Args:
+        again: what writes the file anew, to be told.
+
+    Raises:
+        InputError: it is not as it was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); {again}") from error
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise InputError(f"{path}: damaged (no mapping of {', '.join(keys) or 'names to values'}); {again}")
+    return content

@@ -165,14 +165,14 @@ class Generation(Experiment):
         names = self.trainer.datamodule.class_names
         return [] if labels is None else [names[label] for label in labels.tolist()]
 
+    # Prediction: a PNG for each sample, and a picture of the first
+
     def setup(self, stage: str) -> None:
         limits = {"predict": self.trainer.limit_predict_batches, "test": self.trainer.limit_test_batches}
         for name, limit in limits.items():
             if stage == name and limit != 1.0:
                 raise InputError(f"trainer.limit_{name}_batches: {limit} would leave samples out; give their number as "
                                  "model.predict.samples")
-
-    # Prediction: a PNG for each sample, and a picture of the first
 
     def on_predict_start(self) -> None:
         self._open_folder()
@@ -247,13 +247,13 @@ class Generation(Experiment):
         reference = self.evaluation.reference
         self.reference = Prepared(data) if reference is None else Path(reference)
         labels = self.predict.labels(self.net.classes)
-        if labels is not None and "agreement" in extractor.tags and extractor.classes != self.net.classes:
+        if "agreement" not in extractor.tags:
+            labels = None  # of no concern to Inception
+        if labels is not None and extractor.classes != self.net.classes:
             rank_zero_warn(f"agreement is left out: {extractor.name} tells {extractor.classes} classes, the samples "
                            f"are of {self.net.classes}")
             labels = None
         self.metrics_tested = [key for key in extractor.tags if key != "agreement" or labels is not None]
-        if "agreement" not in self.metrics_tested:
-            labels = None  # of no concern to Inception
         asked = Asked("model.predict.samples", self.predict.samples, data.image_size, labels)
         compared(asked, self.reference, extractor, self.metrics_tested, self.evaluation.allow_few_samples)
         self._open_folder()

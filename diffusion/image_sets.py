@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 import zipfile
 import zlib
@@ -23,7 +22,7 @@ from common.data.folders import SUFFIXES, decode, is_image
 from common.data.preparation import EvaluationPreparation
 from common.data.stored import fingerprint
 from common.errors import InputError
-from common.files import whole
+from common.files import read_json, whole
 from diffusion.features import sha256
 from diffusion.metrics import Statistics
 
@@ -230,13 +229,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); remove the folder and sample again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no record of samples; remove the folder and sample again")
-    return content
+    return read_json(path, "remove the folder and sample again")
 
 
 def keys(path: Path) -> set[str]:

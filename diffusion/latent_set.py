@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 from common.data.augment import FLIP, Augment
 from common.data.loader import Draw
 from common.errors import InputError
+from common.files import read_json
 
 SPLITS = ("train", "val")
 AGAIN = "remove it and run python -m diffusion.latents again, which writes what is missing"
@@ -74,17 +74,7 @@ def read_index(folder: Path, split: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"data.latents: {folder} holds no finished {split} split; python -m diffusion.latents "
                          f"{folder} writes it, or goes on with it")
-    index = read_json(path)
-    if not isinstance(index, dict) or not {"fingerprint", "images", "shard", "flips"} <= index.keys():
-        raise InputError(f"{path}: no index of latents; {AGAIN}")
-    return index
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error
+    return read_json(path, AGAIN, "fingerprint", "images", "shard", "flips")
 
 
 def _load(path: Path, *shape: int) -> np.ndarray:

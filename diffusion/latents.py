@@ -24,8 +24,9 @@ from common.command import Parser, run_command
 from common.data import ImageData
 from common.data.loader import Draw
 from common.errors import InputError
-from common.files import whole, write_atomically
-from diffusion.latent_set import SPLITS, check, checksum, checksum_file, read_json, shard_files
+from common.files import read_json, whole, write_atomically
+from common.lock import alone
+from diffusion.latent_set import AGAIN, SPLITS, check, checksum, checksum_file, shard_files
 
 if TYPE_CHECKING:
     from diffusion.latent_data import LatentData
@@ -66,7 +67,7 @@ def encode(data: LatentData, flips: bool, folder: Path, split: str) -> None:
     index = {"fingerprint": data.fingerprint, "images": len(images), "shard": SHARD, "flips": flips,
              **data.prepared(split)}  # fmt: skip
     started = folder / split / "started.json"
-    if started.is_file() and read_json(started) != index:
+    if started.is_file() and read_json(started, AGAIN) != index:
         raise InputError(f"{folder}: holds latents of other images, or of another autoencoder; remove it, or name "
                          "another folder")
     write_atomically(started, json.dumps(index))
@@ -111,8 +112,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="of the training that will read them")
     options, overrides = parser.parse_known_args(arguments)
     data, flips = images_of(["--config", options.config, *overrides])
-    from common.lock import alone  # Lightning, which is there by now
-
     with alone(options.folder):
         for split in SPLITS:
             encode(data, flips and split == "train", options.folder, split)

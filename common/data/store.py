@@ -29,19 +29,9 @@ from common.data.augment import Augment
 from common.data.folders import Flowers102, ImageFolder, ImageNet, decode
 from common.data.sets import AT_ONCE
 from common.data.sources import Source
-from common.data.stored import (
-    SHARD,
-    Store,
-    checksum_of,
-    fingerprint,
-    location,
-    mapped,
-    read_json,
-    shapes_of,
-    shard_file,
-)
+from common.data.stored import AGAIN, SHARD, Store, checksum_of, fingerprint, location, mapped, shapes_of, shard_file
 from common.errors import InputError
-from common.files import whole, write_atomically
+from common.files import read_json, whole, write_atomically
 from common.lock import alone
 
 CROP = 28  # pixels of the crops that are compared, ImageNet's of the paper
@@ -60,13 +50,13 @@ def make(source: Source, root: Path, size: int, workers: int) -> Path:
     files, labels = source.read(root, "train")
     folder, started = location(source, root, size), {"files": fingerprint(files, labels), "size": size, "shard": SHARD}
     begun = folder / "started.json"
-    if begun.is_file() and read_json(begun) != started:
+    if begun.is_file() and read_json(begun, AGAIN) != started:
         raise InputError(f"{folder}: is a store of other images; remove it, or name another root")
     write_atomically(begun, json.dumps(started))
 
     parts = {number: files[number * SHARD :][:SHARD] for number in range(-(-len(files) // SHARD))}
     index = folder / "index.json"
-    known = read_json(index, "checksums")["checksums"] if index.is_file() else [None] * len(parts)
+    known = read_json(index, AGAIN, "checksums")["checksums"] if index.is_file() else [None] * len(parts)
     checksums: dict[int, int] = {}
     with processes(workers) as pool:
         jobs = {pool.submit(write_shard, folder, number, part, source.channels, size, known[number]): number

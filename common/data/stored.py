@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,9 @@ from torch import Tensor
 
 from common.data.sources import Source
 from common.errors import InputError
+from common.files import read_json
 
+AGAIN = "remove it, and python -m common.data.store writes it anew"
 SHARD = 4096  # images, 113 MB at 96x96: ImageNet has 313 shards, and each keeps a file open
 
 
@@ -35,7 +35,7 @@ class Store:
         again = "python -m common.data.store writes it, or goes on with it"
         if not index.is_file():
             raise InputError(f"data.store: {folder} is no finished store; {again}")
-        self.index = read_json(index, "files", "size", "shard", "images", "checksums")
+        self.index = read_json(index, AGAIN, "files", "size", "shard", "images", "checksums")
         if self.index["files"] != fingerprint(files, labels):
             raise InputError(f"data.store: {folder} was made of other images than those that lie there now; remove it, "
                              "and make it anew")
@@ -45,8 +45,7 @@ class Store:
         for number, (path, images) in enumerate(zip(self._paths(), self.shards, strict=True)):
             rows = min(shard, len(self) - number * shard)
             if images.dtype != np.uint8 or images.ndim != 4 or (len(images), *images.shape[2:]) != (rows, size, size):
-                raise InputError(f"{path}: damaged, {images.dtype} of {images.shape}; remove it, and "
-                                 "python -m common.data.store writes it anew")
+                raise InputError(f"{path}: damaged, {images.dtype} of {images.shape}; {AGAIN}")
 
     def _paths(self) -> list[Path]:
         return [shard_file(self.folder, number) for number in range(-(-self.index["images"] // self.index["shard"]))]
@@ -70,23 +69,6 @@ class Store:
         indices, shard = list(indices), self.index["shard"]
         images = np.stack([self.shards[i // shard][i % shard] for i in indices])
         return torch.from_numpy(images), torch.from_numpy(self.shapes[indices])
-
-
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """What the file holds under these keys, and others.
-
-    Raises:
-        InputError: it is not as it was written.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); remove it, and python -m common.data.store writes it anew"
-                         ) from error
-    if not isinstance(content, dict) or not set(keys) <= content.keys():
-        raise InputError(f"{path}: damaged, without {', '.join(keys)}; remove it, and python -m common.data.store "
-                         "writes it anew")
-    return content
 
 
 def location(source: Source, root: Path, size: int) -> Path:
@@ -119,5 +101,4 @@ def mapped(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; python -m common.data.store writes it anew") from error
     except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it, and python -m common.data.store writes it anew"
-                         ) from error
+        raise InputError(f"{path}: damaged ({error}); {AGAIN}") from error

@@ -22,7 +22,7 @@ import yaml
 
 from common.command import one_line
 from common.errors import InputError
-from common.files import write_atomically
+from common.files import read_json, write_atomically
 from common.identity import afterwards, config_hash, covered, differing, flatten
 from common.runs import changed_source
 from common.training.curves import Curves
@@ -128,13 +128,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         return {}
-    try:
-        results = json.loads(path.read_text())
-        if not isinstance(results, dict):
-            raise ValueError("no mapping of names to values")
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); remove it, it is written again when the run goes on") from error
-    return results
+    return read_json(path, "remove it, it is written again when the run goes on")
 
 
 def discard(folder: Path) -> None:
